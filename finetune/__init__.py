@@ -1,0 +1,1 @@
+"""Parameter-efficient fine-tuning of language models on a frozen, quantized base."""

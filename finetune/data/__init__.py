@@ -1,0 +1,1 @@
+"""Files to rows, rows to conversations, conversations to token ids and label masks, those to packed batches."""
