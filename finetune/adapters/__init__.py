@@ -1,0 +1,1 @@
+"""What is trained, how it is attached, saved and merged."""

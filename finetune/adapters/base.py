@@ -1,0 +1,77 @@
+"""What every adapter offers, whatever it trains.
+
+An adapter *attaches* to a loaded model and is from then on the only thing in it that trains.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from finetune.registry import Registry
+
+
+@dataclass
+class AdapterConfig:
+    """What is trained. Sub-classes are registered in `ADAPTERS`, one a method.
+
+    Attributes:
+        name: the method.
+        path: directory of a saved adapter (ours or PEFT's) to start from; null starts fresh.
+        dtype: of the trainable weights and their gradients: fp32 or bf16.
+        train_also: full modules trained beside the adapter, by the last part of their name, e.g. [lm_head, embed_tokens].
+        allow_other_quant: accept a saved adapter that was trained on the same weights quantized otherwise.
+    """
+
+    name: str = "base"
+    path: str | None = None
+    dtype: str = "fp32"
+    train_also: list[str] = field(default_factory=list)
+    allow_other_quant: bool = False
+
+
+ADAPTERS: Registry[AdapterConfig] = Registry("adapter", "finetune.adapters")
+"""`ADAPTERS.build(config, model)` attaches to the model in place and returns an `Adapter`."""
+
+
+class Adapter(ABC):
+    """An attached adapter. Held beside the model, never inside it."""
+
+    config: AdapterConfig
+    model: nn.Module
+
+    @abstractmethod
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Every tensor that trains, by its full name in the model; nothing else requires a gradient."""
+
+    @abstractmethod
+    def disabled(self) -> AbstractContextManager[None]:
+        """Within it the model computes exactly what the base computes."""
+
+    @property
+    @abstractmethod
+    def mergeable(self) -> bool:
+        """Whether the adapted model can be written as plain weights of the base's own shape."""
+
+    @abstractmethod
+    def merged(self) -> Iterator[tuple[str, Tensor | None]]:
+        """For each projection (or full module weight) that the adapter changes: its base name in the model as it was before
+        attaching (e.g. `model.layers.0.self_attn.q_proj.weight`) and the merged weight in float32, decoded from what is stored,
+        in the layout of the original parameter. One at a time, so that memory holds one."""
+
+    @abstractmethod
+    def save(self, directory: Path) -> None:
+        """Write the adapter in PEFT's layout and names wherever PEFT has the method."""
+
+    @abstractmethod
+    def load(self, directory: Path) -> None:
+        """Fill the attached tensors from a saved adapter of the same method and shape.
+
+        Raises:
+            ModelError: naming the missing, unexpected or mis-shaped keys.
+        """

@@ -1,0 +1,1 @@
+"""Merge, requantize, write, and prove in a runtime that is not ours."""

@@ -1,0 +1,35 @@
+"""What is written at the end and what it has to prove."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from finetune.errors import ConfigError
+
+
+@dataclass
+class ExportConfig:
+    """The exports of a run.
+
+    Attributes:
+        formats: of `safetensors`, `bnb-nf4`, `peft`; may be empty.
+        min_retained: least share of the improvement in held-out loss that an export must keep, in [0, 1].
+        max_kl: the gate in nats where the improvement is too small to divide by.
+        max_shard_gb: largest safetensors shard, in 10^9 bytes.
+        rows: held-out rows that the proofs run on, at most.
+    """
+
+    formats: list[str] = field(default_factory=list)
+    min_retained: float = 0.97
+    max_kl: float = 1e-2
+    max_shard_gb: float = 4.0
+    rows: int = 200
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_retained <= 1:
+            raise ConfigError(f"export.min_retained is {self.min_retained}: expected a share between 0 and 1")
+        for key in ("max_kl", "max_shard_gb", "rows"):
+            if not getattr(self, key) > 0:
+                raise ConfigError(f"export.{key} is {getattr(self, key)}: expected more than 0")
+        if len(set(self.formats)) != len(self.formats):
+            raise ConfigError(f"export.formats names a format twice: {', '.join(self.formats)}")

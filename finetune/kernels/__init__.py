@@ -1,0 +1,1 @@
+"""Tensor arithmetic; knows no module, no config, no model."""

@@ -1,0 +1,1 @@
+"""The assembly line: a checkpoint becomes a frozen model and its tokenizer."""

@@ -1,0 +1,95 @@
+"""What every frozen weight offers, however it is stored.
+
+Shape suffixes: O out features, I in features, E experts, B any leading dimensions of the input.
+
+Codes and scales are `nn.Parameter(requires_grad=False)` in their storage dtype: FSDP2 shards only
+parameters, and DDP would broadcast buffers on every step. `.to(dtype)` leaves them alone.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from finetune.registry import Registry
+
+
+@dataclass
+class QuantConfig:
+    """How the frozen base is stored. Sub-classes are registered in `QUANTIZERS`, one a storage format."""
+
+    name: str = "base"
+
+
+QUANTIZERS: Registry[QuantConfig] = Registry("quant", "finetune.quant")
+"""`QUANTIZERS.build(config, out_features, in_features, bias=..., dtype=..., device=...)` returns an empty
+`FrozenLinear`; with `experts=E` an empty `FrozenExperts`."""
+
+
+class FrozenWeight(nn.Module, ABC):
+    """A frozen matrix, or a stack of them, in some storage format."""
+
+    out_features: int
+    in_features: int
+
+    @abstractmethod
+    def store(self, weight: Tensor) -> None:
+        """Quantize a dense weight ([O, I]; experts [E, O, I]) into this module's storage, in place, on its device."""
+
+    @abstractmethod
+    def bits_per_weight(self) -> float:
+        """Bits of storage per weight, scales included, bias excluded."""
+
+    def bytes(self) -> int:
+        """Bytes that the parameters of this module hold, bias included."""
+        return sum(p.numel() * p.element_size() for p in self.parameters(recurse=False))
+
+
+class FrozenLinear(FrozenWeight):
+    """A frozen linear layer: y_BO = x_BI @ w_OI.T + bias_O.
+
+    The gradient flows to `x` only. Every storage format honours this contract, so that an adapter never
+    knows how its base is stored.
+    """
+
+    bias: nn.Parameter | None
+
+    @abstractmethod
+    def forward(self, x_BI: Tensor) -> Tensor:
+        """Multiply in the dtype of `x_BI`; same bits whatever the grad mode."""
+
+    @abstractmethod
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The stored weight w_OI, decoded in float32 and cast to `dtype`."""
+
+    @abstractmethod
+    def requantize(self, w_OI: Tensor) -> FrozenLinear:
+        """A new module of the same format and settings that holds `w_OI` and this module's bias.
+
+        Where `w_OI` equals `dequantize(torch.float32)` bit for bit, the stored codes and scales are kept bit for bit.
+        """
+
+
+class FrozenExperts(FrozenWeight):
+    """A frozen stack of expert projections w_EOI that stands in for a 3-D parameter of a mixture-of-experts module.
+
+    `experts[e]` gives the dense [O, I] (or [I, O] where the family stores it transposed) weight of one expert, which is
+    how the eager expert loop of transformers reads such a parameter.
+    """
+
+    num_experts: int
+
+    @abstractmethod
+    def __getitem__(self, expert: int) -> Tensor:
+        """The decoded weight of one expert, in the layout and the compute dtype of the parameter it stands for."""
+
+    @abstractmethod
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The whole stack in the layout of the parameter it stands for."""
+
+    @abstractmethod
+    def requantize(self, w_EOI: Tensor) -> FrozenExperts:
+        """A new module of the same format and settings that holds the given stack."""

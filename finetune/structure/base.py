@@ -1,0 +1,52 @@
+"""The vocabulary in which the other rooms speak of a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One weight that multiplies hidden states.
+
+    Attributes:
+        name: dotted path of the module ("linear", "conv1d") or of the 3-D parameter ("experts").
+        kind: how the model holds it.
+        in_features, out_features: of the map x -> y, whatever the layout in memory.
+        experts: how many matrices are stacked; 1 for a plain one.
+        transposed: True where memory holds [.., I, O] instead of [.., O, I] (Conv1D, some experts).
+        block: index of the block it lives in; None outside the blocks (the head).
+    """
+
+    name: str
+    kind: Literal["linear", "conv1d", "experts"]
+    in_features: int
+    out_features: int
+    experts: int = 1
+    transposed: bool = False
+    block: int | None = None
+
+    @property
+    def leaf(self) -> str:
+        """The last part of the name, e.g. `q_proj`."""
+        return self.name.rpartition(".")[2]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What `inspect(model)` found.
+
+    Attributes:
+        blocks: dotted names of the repeated transformer blocks, in order.
+        projections: every projection inside the blocks, in module order; the head and the embeddings are not in it.
+        head: dotted name of the output head, None where the model has none.
+        embeddings: dotted name of the input token embedding.
+        tied: True where the head shares its weight with the embeddings.
+    """
+
+    blocks: tuple[str, ...]
+    projections: tuple[Projection, ...]
+    head: str | None
+    embeddings: str | None
+    tied: bool

@@ -1,0 +1,1 @@
+"""The loop, objectives, optimizers, checkpoints, preflight and tracking."""
