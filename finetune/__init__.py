@@ -1,1 +1,40 @@
-"""Parameter-efficient fine-tuning of language models on a frozen, quantized base."""
+"""Parameter-efficient fine-tuning of language models on a frozen, quantized base.
+
+    import finetune as ft
+    model, tokenizer = ft.load("path-or-hub-id", quant=ft.NF4Config())
+    adapter = ft.attach(model, ft.LoRAConfig(rank=16, alpha=32))
+    result = ft.train(model, tokenizer, data="rows.jsonl", adapter=adapter)
+    ft.export(model, tokenizer, "out/", formats=["bnb-nf4"])
+
+Importing this package costs nothing: every name is looked up when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_PUBLIC = {
+    "load": "finetune.api",
+    "attach": "finetune.api",
+    "train": "finetune.api",
+    "export": "finetune.api",
+    "NF4Config": "finetune.quant.nf4",
+    "FP4Config": "finetune.quant.fp4",
+    "DenseConfig": "finetune.quant.dense",
+    "LoRAConfig": "finetune.adapters.lora",
+    "DataConfig": "finetune.data.config",
+    "TrainConfig": "finetune.training.config",
+    "UserError": "finetune.errors",
+}
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'finetune' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,174 @@
+"""The verbs of the `finetune` command, and the entry that `train.py` shares with it.
+
+Every expected failure becomes one line on stderr and an exit code: 0 done, 2 the user can mend it, 3 an export failed
+its proof, 130/143 interrupted with a checkpoint, 1 a bug of ours.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from finetune.errors import ConfigError, UserError, nearest
+
+PACKAGED_CONFIGS = Path(__file__).parent / "conf"
+CHECKOUT_CONFIGS = Path(__file__).parents[1] / "conf"
+
+
+@dataclass
+class Job:
+    """What became of one job: its overrides, exit code, run directory, and the loss that a sweep is ranked by."""
+
+    overrides: list[str]
+    exit_code: int = 0
+    directory: str = ""
+    eval_loss: float | None = None
+    message: str = ""
+
+
+@dataclass
+class Jobs:
+    """Jobs of this process, in order. Hydra's own entry returns nothing, so the outcomes are kept here."""
+
+    done: list[Job] = field(default_factory=list)
+
+
+JOBS = Jobs()
+
+
+def main() -> None:
+    """The installed command: `finetune VERB [key=value ...]`."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        sys.exit(0)
+    verb, rest = arguments[0], arguments[1:]
+    if verb not in VERBS:
+        sys.exit(fail(ConfigError(f"there is no verb {verb!r}: have {', '.join(VERBS)}{nearest(verb, VERBS)}")))
+    sys.exit(guarded(lambda: VERBS[verb][0](rest)))
+
+
+def usage() -> str:
+    """The verbs, a line each."""
+    lines = [f"  finetune {verb:<8} {what}" for verb, (_, what) in VERBS.items()]
+    return "\n".join(["usage: finetune VERB [key=value ...]", "", *lines, "", "`finetune train --help` lists every key."])
+
+
+def guarded(work: Callable[[], int]) -> int:
+    """Run `work`; an expected failure becomes one line and its exit code, anything else is a bug and shows its traceback."""
+    try:
+        return work()
+    except UserError as error:
+        return fail(error)
+    except KeyboardInterrupt:
+        return 130
+    except Exception:
+        traceback.print_exc()
+        print("finetune: this is a bug of ours; `finetune doctor` prints what a report needs", file=sys.stderr)
+        return 1
+
+
+def fail(error: UserError) -> int:
+    """Say what is wrong in one line on stderr; returns the exit code."""
+    print(f"finetune: {' '.join(str(error).split())}", file=sys.stderr)
+    return error.exit_code
+
+
+def train(arguments: list[str]) -> int:
+    """`finetune train`: the same as `python train.py`, over the packaged configs."""
+    import hydra
+
+    config_dir = CHECKOUT_CONFIGS if CHECKOUT_CONFIGS.joinpath("train.yaml").is_file() else PACKAGED_CONFIGS
+    sys.argv = ["finetune train", *arguments]
+    entry = hydra.main(version_base="1.3", config_path=str(config_dir), config_name="train")(run)
+    return _launch(entry, config_dir, arguments)
+
+
+def launch(entry: Callable[[], None], config_dir: Path) -> None:
+    """Run a Hydra entry after the whole command line was checked, and exit with the code of what happened."""
+    sys.exit(guarded(lambda: _launch(entry, config_dir, sys.argv[1:])))
+
+
+def _launch(entry: Callable[[], None], config_dir: Path, arguments: list[str]) -> int:
+    from hydra._internal.utils import get_args_parser
+
+    from finetune.compose import compose_config, expand, prepare_hydra
+
+    prepare_hydra()
+    parsed = get_args_parser().parse_args(arguments)
+    asks_only = parsed.help or parsed.hydra_help or parsed.cfg or parsed.info or parsed.shell_completion
+    extra = [parsed.config_dir] if parsed.config_dir else []
+    if not asks_only or parsed.cfg:
+        jobs = expand(parsed.overrides) if parsed.multirun else [parsed.overrides]
+        for overrides in jobs:
+            compose_config(overrides, config_dir.resolve(), extra)
+    # Hydra's launchers read the command line again; a job that fails is recorded in JOBS and never raises into them.
+    entry()
+    if parsed.multirun and JOBS.done and os.environ.get("RANK", "0") == "0":
+        print(sweep_table(JOBS.done))
+    codes = [job.exit_code for job in JOBS.done]
+    return next((code for code in codes if code), 0)
+
+
+def run(config: DictConfig) -> float | None:
+    """One job: what Hydra calls with the composed configuration. Returns the best held-out loss, for sweepers."""
+    from hydra.core.hydra_config import HydraConfig
+
+    overrides = list(HydraConfig.get().overrides.task)
+    job = Job([override for override in overrides if not override.startswith("hydra")])
+    JOBS.done.append(job)
+    job.exit_code = guarded(lambda: _run(config, job))
+    return job.eval_loss
+
+
+def _run(config: DictConfig, job: Job) -> int:
+    from finetune.config import load_config, resumed, to_run_config
+    from finetune.pipeline import run_job
+
+    if config.resume:
+        config = resumed(load_config(Path(config.resume) / "config.yaml"), config, job.overrides, config.resume)
+    try:
+        outcome = run_job(to_run_config(config), config, job.overrides)
+    except UserError as error:
+        job.message = str(error)
+        raise
+    job.directory, job.eval_loss = str(outcome.directory), outcome.eval_loss
+    return outcome.exit_code
+
+
+def sweep_table(jobs: list[Job]) -> str:
+    """The jobs of a sweep, a row each: overrides, exit code, held-out loss, run directory or what went wrong."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("job", "overrides", "exit", "eval loss", "run directory")
+    for number, job in enumerate(jobs):
+        loss = "" if job.eval_loss is None else f"{job.eval_loss:.4f}"
+        table.add_row(str(number), " ".join(job.overrides), str(job.exit_code), loss, job.directory or job.message)
+    console = Console(width=160)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get().rstrip()
+
+
+def doctor(arguments: list[str]) -> int:
+    """`finetune doctor [model.path=...]`: versions, device, backends, and what a model is made of."""
+    from finetune.compose import compose_config
+    from finetune.doctor import report
+
+    config_dir = CHECKOUT_CONFIGS if CHECKOUT_CONFIGS.joinpath("train.yaml").is_file() else PACKAGED_CONFIGS
+    config = compose_config(arguments, config_dir.resolve()) if arguments else None
+    print(report(config.model.path if config else None))
+    return 0
+
+
+VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {
+    "train": (train, "fine-tune, merge, export and prove (the same as python train.py)"),
+    "doctor": (doctor, "versions, device and backends, ready to paste into a bug report"),
+}
