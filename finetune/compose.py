@@ -22,7 +22,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from finetune.config import conversion_message, register_schemas, stray_keys, to_run_config
+from finetune.config import PLUGGED, conversion_message, register_schemas, stray_keys, to_run_config
 from finetune.errors import ConfigError, nearest
 
 CONFIG_NAME = "train"
@@ -33,9 +33,10 @@ class UserConfigs(SearchPathPlugin):
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         """Append ./conf where the working directory has one."""
-        local = Path.cwd() / "conf"
-        if local.is_dir():
-            search_path.append("user", f"file://{local}")
+        local = f"file://{Path.cwd() / 'conf'}"
+        known = [element.path for element in search_path.get_path()]
+        if Path.cwd().joinpath("conf").is_dir() and local not in known:
+            search_path.append("user", local)
 
 
 def prepare_hydra() -> None:
@@ -115,7 +116,7 @@ def compose_config(overrides: list[str], config_dir: Path, extra_dirs: list[str]
 
 def group_choices(directories: list[Path]) -> dict[str, list[str]]:
     """Config groups and the names that can be chosen in each, over all config directories."""
-    groups: dict[str, set[str]] = {}
+    groups: dict[str, set[str]] = {group: set(names) for group, names in PLUGGED.items()}
     for directory in directories:
         if not directory.is_dir():
             continue

@@ -35,6 +35,9 @@ FORMAT_VERSION = 1
 GROUPS = {"quant": QUANTIZERS, "adapter": ADAPTERS, "objective": OBJECTIVES, "optim": OPTIMIZERS, "tracking": TRACKERS}
 """Config groups whose choices are found by a scan; the key is the group's name in `conf/` and in the tree."""
 
+PLUGGED: dict[str, list[str]] = {}
+"""Choices that installed plug-ins brought, by group."""
+
 RESUMABLE = ("train.max_steps", "train.epochs", "tracking", "export", "device")
 """What may be changed on the command line when a run is resumed; anything else would make it another run."""
 
@@ -80,10 +83,15 @@ class RunConfig:
 def register_schemas() -> None:
     """Hand Hydra a schema for the tree and one for each choice of each scanned group (`/schema/<group>/<name>`)."""
     store = ConfigStore.instance()
+    PLUGGED.clear()
     store.store(name="schema", node=RunConfig)
     for group, registry in GROUPS.items():
         for name, config_type in registry.types().items():
             store.store(group=f"schema/{group}", name=name, node=config_type)
+            if not config_type.__module__.startswith("finetune."):
+                # A plug-in without a YAML of its own can be chosen all the same, with its dataclass's defaults.
+                store.store(group=group, name=name, node=config_type)
+                PLUGGED.setdefault(group, []).append(name)
     for group, config_type in (("model", ModelConfig), ("data", DataConfig), ("train", TrainConfig)):
         store.store(group="schema", name=group, node=config_type)
 
