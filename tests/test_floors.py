@@ -11,9 +11,10 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "finetune"
 
 FLOORS = [
-    {"__init__"},
-    {"cli", "doctor", "sweep"},
-    {"config", "report", "pipeline"},
+    {"__init__", "__main__"},
+    {"cli"},
+    {"pipeline", "api", "compose", "doctor"},
+    {"config", "report", "samples"},
     {"training", "export"},
     {"evaluation"},
     {"model"},

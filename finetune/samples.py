@@ -1,0 +1,52 @@
+"""What the model says before and after, for people to read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@torch.no_grad()
+def answer(model: nn.Module, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
+    """Greedy answers to prompts that are rendered already.
+
+    Prompts run one by one: a left-padded batch would be faster, but its low bits depend on the padding, and what a user
+    compares should not.
+
+    Args:
+        model: a transformers causal LM, adapted or not.
+        tokenizer: its tokenizer.
+        prompts: text as it is fed, with whatever the chat template puts around it.
+        max_new_tokens: the longest answer, in tokens.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    answers = []
+    for prompt in prompts:
+        ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"].to(device)
+        out = model.generate(  # type: ignore[operator]
+            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_new_tokens,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+        )
+        answers.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip())
+    model.train(was_training)
+    return answers
+
+
+def write_samples(path: Path, rows: Sequence[tuple[str, str, str, str]]) -> None:
+    """Write samples.md: for each (prompt, reference, before, after) a section with the three answers."""
+    parts = ["# Held-out prompts, answered before and after", ""]
+    for prompt, reference, before, after in rows:
+        parts += [_quoted("Prompt", prompt), _quoted("Reference", reference), _quoted("Before", before),
+                  _quoted("After", after), "---", ""]
+    path.write_text("\n".join(parts), "utf-8")
+
+
+def _quoted(title: str, text: str) -> str:
+    body = "\n".join(f"> {line}" for line in text.strip().splitlines()) or "> (nothing)"
+    return f"**{title}**\n\n{body}\n"
