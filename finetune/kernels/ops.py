@@ -1,0 +1,127 @@
+"""The 4-bit operators as torch sees them: schema, fake implementation, autograd. Backends register beside.
+
+Shape suffixes: B any leading dimensions, O out features, I in features, N = O * I, G blocks, P packed bytes.
+
+`finetune::dequantize_4bit` decodes; `finetune::linear_4bit` multiplies by a decoded weight. The reference below serves
+every device. A backend is one file that calls `torch.library.impl("finetune::dequantize_4bit", "cuda")(function)`, and
+likewise for `linear_4bit` where it can fuse the two: a kernel registered for a device goes before the reference. One that
+decodes only is used by `linear_4bit` and its backward as it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finetune.kernels import reference
+
+_STORAGE = "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? offset, str codebook, int block_size"
+
+_library = torch.library.Library("finetune", "FRAGMENT")
+_library.define(f"dequantize_4bit({_STORAGE}, SymInt[] shape, ScalarType dtype) -> Tensor")
+_library.define(f"linear_4bit(Tensor x, Tensor? bias, {_STORAGE}, SymInt out_features) -> Tensor")
+
+
+def dequantize_4bit(
+    packed_P1: Tensor,
+    absmax_G: Tensor,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    codebook: str,
+    block_size: int,
+    shape: list[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Decode 4-bit codes to a dense weight of `shape`: `table[code] * absmax` in float32, then cast to `dtype`.
+
+    Args:
+        packed_P1: uint8 [P, 1], P = ceil(prod(shape) / 2), the first of two codes in the high nibble.
+        absmax_G: float32 [G], or uint8 [G] under double quantization, blocks over the flattened weight.
+        nested_absmax: float32 [ceil(G / 256)] under double quantization, else None.
+        offset: float32 [1] under double quantization, else None.
+        codebook: "nf4" or "fp4".
+        block_size: weights under one absmax.
+
+    No gradient flows: a frozen base has none.
+    """
+    return torch.ops.finetune.dequantize_4bit(
+        packed_P1, absmax_G, nested_absmax, offset, codebook, block_size, shape, dtype
+    )
+
+
+def linear_4bit(
+    x_BI: Tensor,
+    bias_O: Tensor | None,
+    packed_P1: Tensor,
+    absmax_G: Tensor,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    codebook: str,
+    block_size: int,
+    out_features: int,
+) -> Tensor:
+    """`y_BO = x_BI @ w_OI.T + bias_O` in the dtype of `x_BI`, `w_OI` as `dequantize_4bit` gives it.
+
+    The backward decodes the weight again and keeps no dense copy in between: only the packed tensors are saved. The
+    gradient flows to `x_BI`, and to `bias_O` where it asks for one. Same bits whatever the grad mode.
+    """
+    return torch.ops.finetune.linear_4bit(
+        x_BI, bias_O, packed_P1, absmax_G, nested_absmax, offset, codebook, block_size, out_features
+    )
+
+
+@torch.library.impl("finetune::dequantize_4bit", "default")
+def _dequantize(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    codebook: str,
+    block_size: int,
+    shape: list[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    storage = reference.Packed4bit(packed, absmax, nested_absmax, offset)
+    return reference.dequantize_4bit(storage, codebook, block_size, shape, dtype)
+
+
+@torch.library.impl("finetune::linear_4bit", "default")
+def _linear(x: Tensor, bias: Tensor | None, *storage_and_width: Any) -> Tensor:
+    *storage, out_features = storage_and_width
+    weight_OI = torch.ops.finetune.dequantize_4bit(*storage, [out_features, x.shape[-1]], x.dtype)
+    # Autocast would otherwise act a second time, on the tensors inside, and contradict the fake implementation.
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.nn.functional.linear(x, weight_OI, bias)
+
+
+@torch.library.register_fake("finetune::dequantize_4bit")
+def _dequantize_fake(packed: Tensor, *rest: Any) -> Tensor:
+    *_, shape, dtype = rest
+    return packed.new_empty(shape, dtype=dtype)
+
+
+@torch.library.register_fake("finetune::linear_4bit")
+def _linear_fake(x: Tensor, bias: Tensor | None, *storage_and_width: Any) -> Tensor:
+    return x.new_empty([*x.shape[:-1], storage_and_width[-1]])
+
+
+def _save_for_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, _, packed, absmax, nested_absmax, offset, codebook, block_size, out_features = inputs
+    ctx.save_for_backward(packed, absmax, nested_absmax, offset)
+    ctx.format = (codebook, block_size)
+    ctx.shape = [out_features, x.shape[-1]]
+
+
+def _linear_backward(ctx: Any, grad_BO: Tensor) -> tuple[Tensor | None, ...]:
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        weight_OI = torch.ops.finetune.dequantize_4bit(*ctx.saved_tensors, *ctx.format, ctx.shape, grad_BO.dtype)
+        grad_x = grad_BO @ weight_OI
+    if ctx.needs_input_grad[1]:
+        grad_bias = grad_BO.reshape(-1, grad_BO.shape[-1]).sum(dim=0)
+    return (grad_x, grad_bias, *[None] * 7)
+
+
+torch.library.register_autograd("finetune::linear_4bit", _linear_backward, setup_context=_save_for_linear)
