@@ -5,7 +5,7 @@ A code is an index into its table; a decoded weight is `table[code] * absmax`, i
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -28,9 +28,10 @@ _NF4 = (
     0.7229568362236023,
     1.0,
 )
-"""QLoRA (Dettmers et al. 2023, arXiv:2305.14314), section 3 and appendix E: quantiles of N(0, 1) at 8 points from .9677083
-down to .5 (the positive side) and at 7 (the negative side), an exact zero between them, divided by the largest. Kept as
-the literals of the paper, since another inverse normal would move their last bits; a test derives them again to 1e-6."""
+"""QLoRA (Dettmers et al. 2023, arXiv:2305.14314), section 3 and appendix E: quantiles of N(0, 1) at 8 evenly spaced
+probabilities from .9677083 towards .5 (the positive side) and at 7 (the negative side), an exact zero between them,
+divided by the largest. Kept as the paper's literals, since another inverse normal would move their last bits; a test
+derives them again to 1e-6."""
 
 _FP4_MAGNITUDES = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 """bitsandbytes' FP4: a sign bit above 2 exponent bits and 1 mantissa bit, in the order of the bit patterns, before the
@@ -42,7 +43,7 @@ DYNAMIC_EXPONENTS = 7
 CODEBOOKS = ("nf4", "fp4")
 
 
-@lru_cache(maxsize=None)
+@cache
 def table(codebook: str, device: torch.device) -> Tensor:
     """The 16 values of a 4-bit codebook by code, float32 [16], the largest magnitude 1.
 
@@ -64,9 +65,9 @@ def table(codebook: str, device: torch.device) -> Tensor:
         return (entries / entries.abs().max()).to(device)
 
 
-@lru_cache(maxsize=None)
+@cache
 def decision(codebook: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """What encoding needs: the float32 midpoints [15] of the sorted values, and the code of each sorted value, uint8 [16].
+    """What encoding needs: float32 midpoints [15] of the sorted values, and the code of each sorted value, uint8 [16].
 
     A value on a midpoint belongs to the lower neighbour.
     """
@@ -75,7 +76,7 @@ def decision(codebook: str, device: torch.device) -> tuple[Tensor, Tensor]:
         return midpoints(values).to(device), order.to(torch.uint8).to(device)
 
 
-@lru_cache(maxsize=None)
+@cache
 def pair_table(codebook: str, device: torch.device) -> Tensor:
     """The two values behind each packed byte, [256], each pair of float32 viewed as one 64-bit element.
 
@@ -87,12 +88,12 @@ def pair_table(codebook: str, device: torch.device) -> Tensor:
         return pairs.view(torch.float64).view(-1).to(device)
 
 
-@lru_cache(maxsize=None)
+@cache
 def dynamic_map(device: torch.device) -> Tensor:
     """The signed 8-bit dynamic map, sorted, float32 [256].
 
-    For each decade i = 0..6 the 2^i midpoints of an even division of [.1, 1] times 10^(i-6), with both signs, and 0 and 1
-    (there is no -1): 8-bit Approximations for Parallelism in Deep Learning (arXiv:1511.04561), as bitsandbytes has it.
+    For each decade i = 0..6 the 2^i midpoints of an even division of [.1, 1] times 10^(i-6), with both signs, and 0 and
+    1 (there is no -1): 8-bit Approximations for Parallelism in Deep Learning (arXiv:1511.04561), as in bitsandbytes.
     """
     with torch.inference_mode(False):
         positive: list[float] = []
@@ -103,7 +104,7 @@ def dynamic_map(device: torch.device) -> Tensor:
         return torch.tensor(sorted(entries), dtype=torch.float32).to(device)
 
 
-@lru_cache(maxsize=None)
+@cache
 def dynamic_lookup(device: torch.device) -> Tensor:
     """The code of each of 65,536 evenly spaced values from -1 to 1, uint8 [65536]: how bitsandbytes encodes on a CPU.
 

@@ -4,8 +4,8 @@ Shape suffixes: B any leading dimensions, O out features, I in features, N = O *
 
 `finetune::dequantize_4bit` decodes; `finetune::linear_4bit` multiplies by a decoded weight. The reference below serves
 every device. A backend is one file that calls `torch.library.impl("finetune::dequantize_4bit", "cuda")(function)`, and
-likewise for `linear_4bit` where it can fuse the two: a kernel registered for a device goes before the reference. One that
-decodes only is used by `linear_4bit` and its backward as it is.
+likewise for `linear_4bit` where it can fuse the two: a kernel registered for a device goes before the reference. A
+backend that decodes only is used by `linear_4bit` and its backward as it is.
 """
 
 from __future__ import annotations

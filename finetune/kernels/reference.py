@@ -6,8 +6,8 @@ Bit-exact with bitsandbytes 0.50.2 on CPU (codes, absmax, nested codes, nested a
 *flattened* weight, whatever its width: bitsandbytes' own AVX-512 decoder assumes that a row holds whole blocks and is
 wrong where it does not.
 
-A block that holds NaN or infinity gets a non-finite absmax and decodes to non-finite values; with double quantization the
-offset, a mean over all blocks, carries this to the whole tensor. Callers that store weights check absmax.
+A block that holds NaN or infinity gets a non-finite absmax and decodes to non-finite values; with double quantization
+the offset, a mean over all blocks, carries this to the whole tensor. Callers that store weights check for it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Packed4bit(NamedTuple):
     """A weight in 4-bit codes.
 
     Attributes:
-        codes_P1: uint8 [P, 1], two codes a byte, the first in the high nibble; an odd count is padded with the code of 0.
+        codes_P1: uint8 [P, 1], two codes a byte, the first in the high nibble; an odd count ends in the code of 0.
         absmax_G: float32 [G], or uint8 [G] codes of the dynamic map where double quantization is on.
         nested_absmax: float32 [ceil(G / 256)] or None.
         offset: float32 [1], the mean of absmax before double quantization, or None.

@@ -1,0 +1,25 @@
+"""FP4: a 4-bit float of one sign, two exponent and one mantissa bit, as bitsandbytes has it.
+
+QLoRA (Dettmers et al. 2023, arXiv:2305.14314), section 4, compares it with NF4, which is the better of the two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from finetune.quant.base import QUANTIZERS
+from finetune.quant.codebook4 import Codebook4, Codebook4Config, build_codebook4
+
+
+@dataclass
+class FP4Config(Codebook4Config):
+    """FP4 storage: settings as in `Codebook4Config`."""
+
+    name: str = "fp4"
+
+
+@QUANTIZERS.register(FP4Config)
+def build(config: FP4Config, out_features: int, in_features: int, **options: Any) -> Codebook4:
+    """An empty FP4 module; options as in `build_codebook4`."""
+    return build_codebook4(config, out_features, in_features, **options)
