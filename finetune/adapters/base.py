@@ -11,9 +11,14 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
+from finetune.errors import ConfigError, nearest
 from finetune.registry import Registry
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""Choices of `adapter.dtype`."""
 
 
 @dataclass
@@ -24,7 +29,7 @@ class AdapterConfig:
         name: the method.
         path: directory of a saved adapter (ours or PEFT's) to start from; null starts fresh.
         dtype: of the trainable weights and their gradients: fp32 or bf16.
-        train_also: full modules trained beside the adapter, by the last part of their name, e.g. [lm_head, embed_tokens].
+        train_also: full modules trained beside the adapter, by the last part of their name: [lm_head, embed_tokens].
         allow_other_quant: accept a saved adapter that was trained on the same weights quantized otherwise.
     """
 
@@ -33,6 +38,16 @@ class AdapterConfig:
     dtype: str = "fp32"
     train_also: list[str] = field(default_factory=list)
     allow_other_quant: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ConfigError(
+                f"adapter.dtype is {self.dtype!r}: expected {' | '.join(DTYPES)}{nearest(self.dtype, DTYPES)}"
+            )
+        if isinstance(self.train_also, str) or not all(isinstance(name, str) and name for name in self.train_also):
+            raise ConfigError(
+                f"adapter.train_also is {self.train_also!r}: expected a list of module names, e.g. [lm_head]"
+            )
 
 
 ADAPTERS: Registry[AdapterConfig] = Registry("adapter", "finetune.adapters")
@@ -53,16 +68,21 @@ class Adapter(ABC):
     def disabled(self) -> AbstractContextManager[None]:
         """Within it the model computes exactly what the base computes."""
 
+    @abstractmethod
+    def detached(self) -> AbstractContextManager[None]:
+        """Within it the model *is* the base: its modules, parameter names and state dict, as before attaching."""
+
     @property
     @abstractmethod
     def mergeable(self) -> bool:
         """Whether the adapted model can be written as plain weights of the base's own shape."""
 
     @abstractmethod
-    def merged(self) -> Iterator[tuple[str, Tensor | None]]:
-        """For each projection (or full module weight) that the adapter changes: its base name in the model as it was before
-        attaching (e.g. `model.layers.0.self_attn.q_proj.weight`) and the merged weight in float32, decoded from what is stored,
-        in the layout of the original parameter. One at a time, so that memory holds one."""
+    def merged(self) -> Iterator[tuple[str, Tensor]]:
+        """For each projection (or full module weight) that the adapter changes: its name in the model as it was before
+        attaching (e.g. `model.layers.0.self_attn.q_proj.weight`; `...experts.gate_up_proj` for a stack) and the merged
+        weight in float32, decoded from what is stored, in the layout of the original parameter. One at a time, so that
+        memory holds one."""
 
     @abstractmethod
     def save(self, directory: Path) -> None:

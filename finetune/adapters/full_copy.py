@@ -1,0 +1,136 @@
+"""`adapter.train_also`: whole modules trained beside an adapter, such as the head and the token embedding.
+
+The stored module stays as it is; a copy of it in float32 trains, and is cast to the stored dtype whenever it computes.
+At the start that cast gives back the stored bits. PEFT calls the same thing `modules_to_save`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetune.adapters.targets import matches
+from finetune.errors import ConfigError, nearest
+from finetune.quant.base import FrozenExperts, FrozenLinear, FrozenWeight
+from finetune.structure import Structure
+
+
+class FullCopy(nn.Module):
+    """Stands for a module, computing with a trained copy of its weights.
+
+    What the module offers besides (`weight`, `in_features`, `padding_idx`, ...) is read through; parameters come
+    in the dtype they compute in.
+
+    Args:
+        base: the frozen module; a quantized linear layer is decoded into a plain one.
+        dtype: of the trained parameters.
+    """
+
+    base: nn.Module
+    trained: nn.Module
+
+    def __init__(self, base: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.base = base
+        self.enabled = True
+        self.trained = dense_copy(base)
+        for parameter in self.trained.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+                parameter.requires_grad_(True)
+        stored = [p.dtype for p in base.parameters() if p.is_floating_point()]
+        # What is decoded computes in the dtype of its input, like the frozen layer it stands for.
+        self.dtype = None if isinstance(base, FrozenWeight) or not stored else stored[0]
+        self.train(base.training)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module with the trained weights, or the stored one while disabled."""
+        if not self.enabled:
+            return self.base(*args, **kwargs)
+        dtype = self.dtype or next(a.dtype for a in args if isinstance(a, Tensor) and a.is_floating_point())
+        weights = {name: p.to(dtype) for name, p in self.trained.named_parameters()}
+        return torch.func.functional_call(self.trained, weights, args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            active = self._modules.get("trained" if self.enabled else "base")
+            value = getattr(active, name)
+            cast = self.enabled and self.dtype is not None and isinstance(value, nn.Parameter)
+            return value.to(self.dtype) if cast else value
+
+
+def dense_copy(base: nn.Module) -> nn.Module:
+    """A copy whose parameters can train: a frozen linear layer becomes a plain one in float32."""
+    if isinstance(base, FrozenLinear):
+        weight = base.dequantize(torch.float32)
+        dense = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
+        dense.weight = nn.Parameter(weight.clone())
+        if base.bias is not None:
+            dense.bias = nn.Parameter(base.bias.detach().float().clone())
+        return dense
+    return copy.deepcopy(base)
+
+
+def resolve_modules(model: nn.Module, structure: Structure, names: Sequence[str]) -> list[str]:
+    """Dotted names of the modules that `adapter.train_also` means, in module order.
+
+    Raises:
+        ConfigError: for a name that matches no module, or one that is a stack of experts, a Conv1D or a container of
+            projections, and where only one of two tied modules is named.
+    """
+    if not names:
+        return []
+    modules = {
+        name: module for name, module in model.named_modules() if name and any(True for _ in module.parameters())
+    }
+    for pattern in names:
+        if not any(matches(pattern, name) for name in modules):
+            leaves = sorted({name.rpartition(".")[2] for name in modules if not name.rpartition(".")[2].isdigit()})
+            raise ConfigError(
+                f"adapter.train_also: {pattern!r} matches no module of the model;"
+                f" have {', '.join(leaves)}{nearest(pattern.rpartition('.')[2], leaves)}"
+            )
+    chosen = [name for name in modules if any(matches(pattern, name) for pattern in names)]
+    for name in chosen:
+        inside = [p.name for p in structure.projections if p.name.startswith(f"{name}.")]
+        if inside:
+            raise ConfigError(
+                f"adapter.train_also: {name} holds the projections {', '.join(inside[:3])};"
+                f" name modules without projections, or adapt these by adapter.targets"
+            )
+        transposed = any(p.name == name and p.transposed for p in structure.projections)
+        if isinstance(modules[name], FrozenExperts) or transposed:
+            raise ConfigError(
+                f"adapter.train_also: {name} is stored stacked or transposed and cannot be trained whole;"
+                f" adapt it by adapter.targets"
+            )
+    _check_tied(structure, chosen)
+    return chosen
+
+
+def _check_tied(structure: Structure, chosen: Sequence[str]) -> None:
+    """Training one of two tied modules would tear them apart without a word."""
+    head, embeddings = structure.head, structure.embeddings
+    if structure.tied and head and embeddings and (head in chosen) != (embeddings in chosen):
+        given, other = (head, embeddings) if head in chosen else (embeddings, head)
+        both = ", ".join(name.rpartition(".")[2] for name in (head, embeddings))
+        raise ConfigError(
+            f"adapter.train_also names {given}, whose weight is tied to {other}: name both, [{both}],"
+            f" and they train as one tensor"
+        )
+
+
+def build_copies(
+    model: nn.Module, structure: Structure, names: Sequence[str], dtype: torch.dtype
+) -> dict[str, FullCopy]:
+    """A `FullCopy` for each module, tied ones sharing their trained weight. The model itself is left as it is."""
+    copies = {name: FullCopy(model.get_submodule(name), dtype) for name in names}
+    if structure.tied and structure.head in copies and structure.embeddings in copies:
+        copies[structure.head].trained.weight = copies[structure.embeddings].trained.weight
+    return copies

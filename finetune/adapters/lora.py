@@ -1,0 +1,188 @@
+"""LoRA: y = W x + s B A dropout(x), with A and B trained and W frozen.
+
+Hu et al. 2021 (arXiv:2106.09685) section 4.1; s = alpha / rank, or alpha / sqrt(rank) with `rslora` (Kalajdzievski
+2023, arXiv:2312.03732). A starts as kaiming_uniform(a = sqrt 5), as in the authors' loralib, and B as zeros, so that
+the adapted model starts as the base.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from finetune.adapters import peft_format
+from finetune.adapters.base import ADAPTERS
+from finetune.adapters.full_copy import resolve_modules
+from finetune.adapters.lora_layers import LoRAExperts, LoRALinear
+from finetune.adapters.peft_lora import Saved, read_saved, resolve_saved
+from finetune.adapters.weight import WeightAdapter, WeightConfig, choose
+from finetune.errors import ConfigError
+from finetune.quant.base import FrozenExperts, FrozenLinear
+from finetune.structure import Projection, Structure, inspect
+
+
+@dataclass
+class LoRAConfig(WeightConfig):
+    """LoRA on any linear layer or stack of experts.
+
+    With `path`, the saved adapter decides rank, alpha, rslora, targets and train_also; a value set here that is neither
+    the default nor the saved one is refused. (A value set to the default cannot be told from one left alone.)
+    `dropout` belongs to the training, not to the adapter, and is always taken from here.
+
+    Attributes:
+        rank: inner width of the two factors; on experts, of each expert.
+        alpha: numerator of the scaling.
+        dropout: share of the input of A that is zeroed while training.
+        rslora: scale by alpha / sqrt(rank) instead of alpha / rank.
+    """
+
+    name: str = "lora"
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    rslora: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank < 1:
+            raise ConfigError(f"adapter.rank is {self.rank}: expected at least 1")
+        if not (self.alpha > 0 and math.isfinite(self.alpha)):
+            raise ConfigError(f"adapter.alpha is {self.alpha}: expected more than 0")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"adapter.dropout is {self.dropout}: expected 0 or more and less than 1")
+
+
+@dataclass(frozen=True)
+class Size:
+    """Rank and alpha of one projection."""
+
+    rank: int
+    alpha: float
+
+    def scaling(self, rslora: bool) -> float:
+        """The factor on B A x."""
+        return self.alpha / (math.sqrt(self.rank) if rslora else self.rank)
+
+
+class LoRAAdapter(WeightAdapter):
+    """LoRA attached to a model; see `LoRAConfig`.
+
+    Raises:
+        ConfigError: also for a rank larger than a targeted projection.
+    """
+
+    config: LoRAConfig
+
+    def __init__(self, config: LoRAConfig, model: nn.Module, sizes: Mapping[str, Size], plan: list[Projection]) -> None:
+        self.sizes = sizes
+        super().__init__(config, model, plan)
+
+    def check(self) -> None:
+        """A rank above the width of a projection would spend parameters on nothing."""
+        for p in self.projections:
+            rank, most = self.sizes[p.name].rank, min(p.in_features, p.out_features)
+            if rank > most:
+                raise ConfigError(
+                    f"adapter.rank is {rank}, but {p.name} is {p.out_features} x {p.in_features}:"
+                    f" expected at most {most}, or targets without it"
+                )
+
+    def wrap(self, base: FrozenLinear, projection: Projection) -> LoRALinear:
+        """A low-rank product beside a linear layer."""
+        return LoRALinear(base, **self._sizes(projection))
+
+    def wrap_experts(self, base: FrozenExperts, projection: Projection) -> LoRAExperts:
+        """A low-rank product beside each expert."""
+        return LoRAExperts(base, transposed=projection.transposed, **self._sizes(projection))
+
+    def _sizes(self, projection: Projection) -> dict[str, Any]:
+        size = self.sizes[projection.name]
+        return {"rank": size.rank, "scaling": size.scaling(self.config.rslora), "dropout": self.config.dropout}
+
+    def file_keys(self) -> dict[str, nn.Parameter]:
+        """PEFT's names. Several parameters of one experts module nest there, the first of them innermost."""
+        siblings: dict[str, list[str]] = {}
+        for p in self.projections:
+            if p.kind == "experts":
+                siblings.setdefault(p.name.rpartition(".")[0], []).append(p.name)
+        keys = {}
+        for p in self.projections:
+            parent, module = p.name.rpartition(".")[0], self.adapted[p.name]
+            if p.kind == "experts":
+                depth = len(siblings[parent]) - 1 - siblings[parent].index(p.name)
+                name = parent + ".base_layer" * depth
+            else:
+                name = p.name
+            for factor in ("lora_A", "lora_B"):
+                keys[f"{peft_format.PREFIX}{name}.{factor}.weight"] = getattr(module, factor).weight
+        return keys | self.copy_keys()
+
+    def file_config(self) -> dict[str, Any]:
+        """adapter_config.json as stock PEFT reads it."""
+        modules = [p.name for p in self.projections if p.kind != "experts"]
+        parameters = [p.name for p in self.projections if p.kind == "experts"]
+        with self.detached():
+            every = [name for name, _ in self.model.named_modules() if name]
+        stacks = [p.name for p in self.structure.projections if p.kind == "experts"]
+        saved = Saved(
+            rank=self.config.rank,
+            alpha=self.config.alpha,
+            rslora=self.config.rslora,
+            # PEFT refuses dropout beside stacked experts even to read the file; it plays no part after training.
+            dropout=0.0 if parameters else self.config.dropout,
+            target_modules=peft_format.shorten(modules, every),
+            target_parameters=peft_format.shorten(parameters, stacks, parts=2),
+            modules_to_save=list(self.copies),
+            rank_pattern={n: s.rank for n, s in self.sizes.items() if s.rank != self.config.rank},
+            alpha_pattern={n: s.alpha for n, s in self.sizes.items() if s.alpha != self.config.alpha},
+        )
+        conv1d = any(p.transposed for p in self.projections if p.kind == "conv1d")
+        return saved.to_peft(
+            base=getattr(getattr(self.model, "config", None), "_name_or_path", None), fan_in_fan_out=conv1d
+        )
+
+
+@ADAPTERS.register(LoRAConfig)
+def build(config: LoRAConfig, model: nn.Module) -> LoRAAdapter:
+    """Attach LoRA to a model; `config.path` decides the structure here, its tensors are loaded by `attach`."""
+    structure = inspect(model)
+    if config.path is None:
+        plan = choose(model, structure, config)
+        return LoRAAdapter(config, model, {p.name: Size(config.rank, config.alpha) for p in plan}, plan)
+    saved = read_saved(Path(config.path))
+    plan, sizes = resolve_saved(saved, model, structure, Path(config.path))
+    config = agreed(config, saved, model, structure, plan)
+    return LoRAAdapter(config, model, {name: Size(*size) for name, size in sizes.items()}, plan)
+
+
+def agreed(
+    config: LoRAConfig, saved: Saved, model: nn.Module, structure: Structure, plan: list[Projection]
+) -> LoRAConfig:
+    """The configuration with the saved adapter's structure.
+
+    Raises:
+        ConfigError: for a value that is neither the default nor what was saved, naming both.
+    """
+    default = LoRAConfig()
+    where = f"the adapter {config.path}"
+    for key in ("rank", "alpha", "rslora"):
+        mine, theirs = getattr(config, key), getattr(saved, key)
+        if mine not in (getattr(default, key), theirs):
+            raise ConfigError(f"adapter.{key} is {mine}, but {where} has {theirs}: leave adapter.{key} out")
+    if config.targets != default.targets and choose(model, structure, config) != plan:
+        leaves = ", ".join(sorted({p.leaf for p in plan}))
+        raise ConfigError(
+            f"adapter.targets is {list(config.targets)}, but {where} adapts others ({leaves}): leave adapter.targets out"
+        )
+    whole = resolve_modules(model, structure, saved.modules_to_save)
+    if config.train_also and resolve_modules(model, structure, config.train_also) != whole:
+        raise ConfigError(
+            f"adapter.train_also is {config.train_also}, but {where} has {whole}: leave adapter.train_also out"
+        )
+    targets = [p.name for p in plan] or default.targets
+    return replace(config, rank=saved.rank, alpha=saved.alpha, rslora=saved.rslora, targets=targets, train_also=whole)

@@ -1,0 +1,133 @@
+"""What LoRA puts in the place of a frozen linear layer and of a frozen stack of experts; see lora.py.
+
+Shape suffixes: B leading dimensions, O out features, I in features, R rank, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from finetune.adapters.weight import AdaptedExperts, AdaptedLinear
+from finetune.quant.base import FrozenExperts, FrozenLinear
+
+
+class Factor(nn.Module):
+    """One of the two low-rank matrices; not an `nn.Linear`, so that nothing takes it for a projection of the model."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(rows, columns))
+
+
+class LoRALinear(AdaptedLinear):
+    """A frozen linear layer with a low-rank product beside it.
+
+    Attributes:
+        lora_A: weight A_RI.
+        lora_B: weight B_OR.
+        scaling: factor on the product.
+    """
+
+    def __init__(self, base: FrozenLinear, *, rank: int, scaling: float, dropout: float) -> None:
+        super().__init__(base)
+        self.scaling = scaling
+        self.lora_A, self.lora_B = Factor(rank, base.in_features), Factor(base.out_features, rank)
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
+        self.dropout = nn.Dropout(dropout)
+
+    def adapted(self, x_BI: Tensor) -> Tensor:
+        """base(x) + s B A dropout(x), in the dtype of x."""
+        a_BR = F.linear(self.dropout(x_BI), self.lora_A.weight.to(x_BI.dtype)) * self.scaling
+        return self.base(x_BI) + F.linear(a_BR, self.lora_B.weight.to(x_BI.dtype))
+
+    def merge(self, weight: Tensor) -> Tensor:
+        """w_OI + s B A, in float32."""
+        return weight + self.scaling * (self.lora_B.weight.float() @ self.lora_A.weight.float())
+
+
+class LoRAExperts(AdaptedExperts):
+    """A frozen stack of experts with a low-rank product beside each.
+
+    Attributes:
+        lora_A: weight [E R, I], the experts one after another, as PEFT's `ParamWrapper` lays it out.
+        lora_B: weight [O, R E], the experts interleaved: column r E + e belongs to expert e.
+        transposed: whether memory holds [E, I, O].
+    """
+
+    def __init__(self, base: FrozenExperts, *, transposed: bool, rank: int, scaling: float, dropout: float) -> None:
+        super().__init__(base)
+        self.rank, self.transposed, self.scaling = rank, transposed, scaling
+        self.lora_A = Factor(rank * self.num_experts, self.in_features)
+        self.lora_B = Factor(self.out_features, rank * self.num_experts)
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
+        self.dropout = nn.Dropout(dropout)
+
+    def factors(self, expert: int | Tensor) -> tuple[Tensor, Tensor]:
+        """A_RI and B_OR of one expert."""
+        a_ERI = self.lora_A.weight.view(self.num_experts, self.rank, self.in_features)
+        b_ORE = self.lora_B.weight.view(self.out_features, self.rank, self.num_experts)
+        return a_ERI[expert], b_ORE[:, :, expert]
+
+    def adapted(self, expert: int | Tensor) -> LowRankWeight:
+        """The weight of one expert, never added up: in 16 bits the sum would round most of the product away."""
+        return LowRankWeight(self, expert)
+
+    def merge(self, weight: Tensor) -> Tensor:
+        """The stack plus s B A of each expert, in float32 and the layout of memory."""
+        merged = weight.clone()  # a dense base hands out its own storage
+        for expert in range(self.num_experts):
+            a_RI, b_OR = self.factors(expert)
+            delta_OI = self.scaling * (b_OR.float() @ a_RI.float())
+            merged[expert] += delta_OI.T if self.transposed else delta_OI
+        return merged
+
+
+class LowRankWeight:
+    """W + s B A of one expert as an operand of `F.linear` and `@`: how transformers' expert loops use `experts[e]`.
+
+    It is no tensor; torch hands it those calls (`__torch_function__`, docs "Extending torch with a Tensor-like type").
+    Whatever else is done with it is done with the dense sum.
+    """
+
+    def __init__(self, experts: LoRAExperts, expert: int | Tensor) -> None:
+        self.experts, self.expert = experts, expert
+
+    def apply(self, x_BI: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """`product(x, W)` + s B A dropout(x), in the dtype of x."""
+        a_RI, b_OR = self.experts.factors(self.expert)
+        a_BR = F.linear(self.experts.dropout(x_BI), a_RI.to(x_BI.dtype)) * self.experts.scaling
+        return product(x_BI, self.experts.base[self.expert]) + F.linear(a_BR, b_OR.to(x_BI.dtype))  # type: ignore[index]
+
+    def dense(self) -> Tensor:
+        """The sum, in the layout and dtype of the base's weight."""
+        a_RI, b_OR = self.experts.factors(self.expert)
+        base: Tensor = self.experts.base[self.expert]  # type: ignore[index]
+        delta_OI = self.experts.scaling * (b_OR @ a_RI)
+        return base + (delta_OI.T if self.experts.transposed else delta_OI).to(base.dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.dense(), name)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Split the two products that experts are read by; do anything else with the dense sum."""
+        kwargs = kwargs or {}
+        second = args[1] if len(args) > 1 else None
+        if isinstance(second, cls) and isinstance(args[0], Tensor):
+            transposed = second.experts.transposed
+            if func is F.linear and not transposed:
+                return second.apply(args[0], lambda x, w: F.linear(x, w, *args[2:], **kwargs))
+            if func in (torch.matmul, Tensor.matmul, Tensor.__matmul__) and transposed:
+                return second.apply(args[0], torch.matmul)
+        return func(
+            *(a.dense() if isinstance(a, cls) else a for a in args),
+            **{k: a.dense() if isinstance(a, cls) else a for k, a in kwargs.items()},
+        )

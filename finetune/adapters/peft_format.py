@@ -1,0 +1,203 @@
+"""PEFT's layout on disk: adapter_config.json beside adapter_model.safetensors.
+
+Sources: peft 0.21 `utils/save_and_load.py`, `tuners/tuners_utils.py` (`check_target_module_exists`,
+`_inject_parameters`), `utils/other.py` (`get_pattern_key`). Only safetensors and JSON are ever read.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetune.errors import ModelError
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
+PREFIX = "base_model.model."
+LISTED = 5
+"""How many faulty keys a message lists."""
+
+
+def write(directory: Path, parameters: Mapping[str, nn.Parameter], config: Mapping[str, Any]) -> None:
+    """Write the two files. Tensors that several keys share are written once a key, as safetensors demands."""
+    from safetensors.torch import save_file
+
+    seen: set[int] = set()
+    tensors = {}
+    for key, parameter in parameters.items():
+        tensor = parameter.detach().contiguous().cpu()
+        tensors[key] = tensor.clone() if id(parameter) in seen else tensor
+        seen.add(id(parameter))
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    (directory / CONFIG).write_text(json.dumps(dict(config), indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """adapter_config.json of a saved adapter.
+
+    Raises:
+        ModelError: when the directory or the file is missing or unreadable, or the weights are a pickle.
+    """
+    if not directory.is_dir():
+        raise ModelError(f"adapter {directory} is not a directory: expected one with {CONFIG} and {WEIGHTS}")
+    path = directory / CONFIG
+    if not path.is_file():
+        raise ModelError(f"adapter {directory} has no {CONFIG}: expected what finetune or PEFT saves")
+    if not (directory / WEIGHTS).is_file():
+        pickled = f"; {PICKLE} is a pickle, which is never read: save it again with safe_serialization=True"
+        raise ModelError(f"adapter {directory} has no {WEIGHTS}{pickled if (directory / PICKLE).exists() else ''}")
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{path} holds a {type(config).__name__}: expected an object with the adapter's settings")
+    return config
+
+
+def read_tensors(directory: Path) -> dict[str, Tensor]:
+    """All tensors of adapter_model.safetensors, on the CPU.
+
+    Raises:
+        ModelError: when the file is truncated or corrupt.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(directory / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{directory / WEIGHTS} cannot be read: {error}") from error
+
+
+def check_header(directory: Path) -> None:
+    """Read the names and shapes of the tensors and nothing else, so that a truncated file is found early.
+
+    Raises:
+        ModelError: when the file is truncated or corrupt.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(directory / WEIGHTS, "pt") as file:
+            file.keys()
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{directory / WEIGHTS} cannot be read: {error}") from error
+
+
+def method_of(config: Mapping[str, Any]) -> str:
+    """What a saved adapter calls its method: PEFT's type, or our name where PEFT has none."""
+    return str(config.get("peft_type") or config.get("finetune_method"))
+
+
+def check_method(directory: Path, saved: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Refuse an adapter of another method.
+
+    Raises:
+        ModelError: naming both.
+    """
+    if method_of(saved) != method_of(expected):
+        raise ModelError(f"adapter {directory} is of method {method_of(saved)}: expected {method_of(expected)}")
+
+
+def check_tensors(directory: Path, expected: Mapping[str, Sequence[int]], found: Mapping[str, Tensor]) -> None:
+    """Refuse a file whose tensors are not exactly those expected; an adapter that fills nothing would change nothing.
+
+    Raises:
+        ModelError: listing the first five keys that are missing, unexpected or mis-shaped.
+    """
+    path = directory / WEIGHTS
+    faults = [f"{key} is missing (expected {_shape(expected[key])})" for key in expected if key not in found]
+    faults += [f"{key} is unexpected ({_shape(found[key].shape)})" for key in found if key not in expected]
+    faults += [
+        f"{key} is {_shape(found[key].shape)}, expected {_shape(shape)}{_rank_hint(key, found[key].shape, shape)}"
+        for key, shape in expected.items()
+        if key in found and tuple(found[key].shape) != tuple(shape)
+    ]
+    if faults:
+        more = f"; and {len(faults) - LISTED} more" if len(faults) > LISTED else ""
+        raise ModelError(f"{path} does not fit this model and adapter: {'; '.join(faults[:LISTED])}{more}")
+    strange = [key for key in expected if not found[key].is_floating_point()]
+    if strange:
+        raise ModelError(f"{path}: {strange[0]} is {found[strange[0]].dtype}: expected a floating point tensor")
+    broken = [key for key in expected if not torch.isfinite(found[key]).all()]
+    if broken:
+        raise ModelError(f"{path}: {broken[0]} holds values that are not finite; the adapter is broken")
+
+
+def torn(directory: Path, first: str, second: str) -> ModelError:
+    """The error for two keys of one tied tensor that differ."""
+    return ModelError(
+        f"{directory / WEIGHTS} holds different values for {first} and {second},"
+        f" but this model ties them: untie the base, or train them as one"
+    )
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return " x ".join(str(size) for size in shape)
+
+
+def _rank_hint(key: str, seen: Sequence[int], expected: Sequence[int]) -> str:
+    """Name the rank where that is all that differs; it is the first axis of lora_A and the second of lora_B."""
+    for factor, axis in ((".lora_A.weight", 0), (".lora_B.weight", 1)):
+        if key.endswith(factor) and len(seen) == 2 and seen[1 - axis] == expected[1 - axis]:
+            return f" (rank {seen[axis]} in the file, {expected[axis]} here)"
+    return ""
+
+
+def shorten(chosen: Iterable[str], every: Iterable[str], parts: int = 1) -> list[str]:
+    """The shortest list of name endings that means exactly the chosen names: PEFT matches by ending.
+
+    Args:
+        chosen: dotted names.
+        every: all names that PEFT would try.
+        parts: how many trailing parts of a name an ending has.
+
+    Returns:
+        Endings, sorted; the whole names where some ending would also match a name that was not chosen.
+    """
+    wanted = set(chosen)
+    endings = {".".join(name.split(".")[-parts:]) for name in wanted}
+    matched = {name for name in every if any(name == e or name.endswith(f".{e}") for e in endings)}
+    return sorted(endings if matched <= wanted else wanted)
+
+
+def targeted(name: str, targets: str | Sequence[str] | None, patterns: Mapping[str, Any]) -> bool:
+    """Whether PEFT would adapt the module `name`, as `check_target_module_exists` decides it.
+
+    Args:
+        name: dotted name of a module.
+        targets: `target_modules`: a regular expression, or endings.
+        patterns: the whole adapter_config.json, for what it excludes.
+    """
+    excluded = patterns.get("exclude_modules")
+    if isinstance(excluded, str) and re.fullmatch(excluded, name):
+        return False
+    if not isinstance(excluded, str) and ends(name, excluded):
+        return False
+    if any(re.match(rf"(^|.*\.){module}($|\..*)", name) for module in patterns.get("modules_to_save") or []):
+        return False
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return ends(name, targets)
+
+
+def ends(name: str, endings: Sequence[str] | None) -> bool:
+    """Whether a dotted name is, or ends with, one of the given names."""
+    return any(name == ending or name.endswith(f".{ending}") for ending in endings or ())
+
+
+def by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    """The value that `rank_pattern` or `alpha_pattern` gives a module, as `get_pattern_key` finds it."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default

@@ -1,0 +1,165 @@
+"""What PEFT's adapter_config.json says about a LoRA: which projections, of which rank, with which alpha.
+
+Settings that we do not honour are refused by name, also those that a later PEFT will invent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from finetune.adapters import peft_format
+from finetune.adapters.targets import ALL_LINEAR
+from finetune.errors import ModelError
+from finetune.structure import Projection, Structure
+
+UNDERSTOOD = frozenset({
+    "peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "target_parameters", "modules_to_save",
+    "rank_pattern", "alpha_pattern", "exclude_modules", "layers_to_transform",
+})  # fmt: skip
+"""Keys that decide what the adapter computes, and that we read."""
+
+HARMLESS = frozenset({
+    "task_type", "inference_mode", "auto_mapping", "base_model_name_or_path", "revision", "peft_version",
+    "lora_dropout", "fan_in_fan_out", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying",
+    "corda_config", "eva_config", "loftq_config", "lora_ga_config",
+})  # fmt: skip
+"""Keys that say nothing about the saved weights: how they were initialised, trained or found. An initialisation that
+also changes the base is told by `init_lora_weights`."""
+
+INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva", None)
+"""Values of `init_lora_weights` that leave the base as it is."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The part of adapter_config.json that decides what a LoRA computes; names as in PEFT but for r and lora_alpha."""
+
+    rank: int
+    alpha: float
+    rslora: bool = False
+    dropout: float = 0.0
+    target_modules: str | Sequence[str] = ()
+    target_parameters: Sequence[str] = ()
+    modules_to_save: Sequence[str] = ()
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def to_peft(self, base: str | None, fan_in_fan_out: bool) -> dict[str, Any]:
+        """The content of adapter_config.json.
+
+        Args:
+            base: path or hub id of the base.
+            fan_in_fan_out: whether the adapted modules are transformers' Conv1D.
+        """
+        return {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base or None,
+            "inference_mode": True,
+            "r": self.rank,
+            "lora_alpha": _whole(self.alpha),
+            "lora_dropout": self.dropout,
+            "use_rslora": self.rslora,
+            "use_dora": False,
+            "bias": "none",
+            "fan_in_fan_out": fan_in_fan_out,
+            "target_modules": list(self.target_modules),
+            "target_parameters": list(self.target_parameters) or None,
+            "modules_to_save": list(self.modules_to_save) or None,
+            "rank_pattern": self.rank_pattern,
+            "alpha_pattern": {name: _whole(alpha) for name, alpha in self.alpha_pattern.items()},
+        }
+
+
+def _whole(number: float) -> float:
+    """Alpha is an integer in PEFT's own files, and in what reads them."""
+    return int(number) if float(number).is_integer() else number
+
+
+def read_saved(directory: Path) -> Saved:
+    """Read the adapter_config.json of a LoRA.
+
+    Raises:
+        ModelError: when it is missing or broken, of another method, or asks for something we do not compute.
+    """
+    config = peft_format.read_config(directory)
+    path = directory / peft_format.CONFIG
+    if peft_format.method_of(config) != "LORA":
+        raise ModelError(f"{path} is of method {peft_format.method_of(config)}: expected LORA")
+    _refuse_unknown(config, path)
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise ModelError(f"{path}: r is {rank!r}: expected a rank of at least 1")
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool):
+        raise ModelError(f"{path}: lora_alpha is {alpha!r}: expected a number")
+    return Saved(
+        rank=rank,
+        alpha=float(alpha),
+        rslora=bool(config.get("use_rslora")),
+        target_modules=config.get("target_modules") or (),
+        target_parameters=config.get("target_parameters") or (),
+        modules_to_save=config.get("modules_to_save") or (),
+        rank_pattern=config.get("rank_pattern") or {},
+        alpha_pattern=config.get("alpha_pattern") or {},
+        settings=config,
+    )
+
+
+def _refuse_unknown(config: dict[str, Any], path: Path) -> None:
+    start = config.get("init_lora_weights")
+    if isinstance(start, str | bool) and start not in INITIALISATIONS:
+        raise ModelError(
+            f"{path} sets init_lora_weights={start!r}, which changes the base as well: save it from PEFT with"
+            f" path_initial_model_for_weight_conversion, as a plain LoRA"
+        )
+    for key, value in sorted(config.items()):
+        if key in UNDERSTOOD or key in HARMLESS or key == "init_lora_weights":
+            continue
+        if value not in (None, False, "none", [], {}, 0):
+            raise ModelError(f"{path} sets {key}={value!r}, which finetune does not compute: expected a plain LoRA")
+
+
+def resolve_saved(
+    saved: Saved, model: nn.Module, structure: Structure, path: Path
+) -> tuple[list[Projection], dict[str, tuple[int, float]]]:
+    """The projections of a model that a saved LoRA adapts, and (rank, alpha) of each.
+
+    Raises:
+        ModelError: when it adapts none of them.
+    """
+    from finetune.adapters.weight import head_projection
+
+    head = head_projection(model, structure)
+    plan = [p for p in (*structure.projections, *([head] if head else [])) if _adapts(saved, p, head)]
+    if not plan and not saved.modules_to_save:
+        names = list(saved.target_modules) if not isinstance(saved.target_modules, str) else [saved.target_modules]
+        raise ModelError(
+            f"adapter {path} adapts {', '.join([*names, *saved.target_parameters])}, of which this model has nothing:"
+            f" have {', '.join(sorted({p.leaf for p in structure.projections}))}"
+        )
+    return plan, {
+        p.name: (
+            int(peft_format.by_pattern(saved.rank_pattern, p.name, saved.rank)),
+            float(peft_format.by_pattern(saved.alpha_pattern, p.name, saved.alpha)),
+        )
+        for p in plan
+    }
+
+
+def _adapts(saved: Saved, projection: Projection, head: Projection | None) -> bool:
+    if projection.kind == "experts":
+        return peft_format.ends(projection.name, saved.target_parameters)
+    layers = saved.settings.get("layers_to_transform")
+    if layers is not None and projection.block not in (
+        [layers] if isinstance(layers, int) else layers or [projection.block]
+    ):
+        return False
+    if saved.target_modules == ALL_LINEAR:
+        return projection is not head
+    return peft_format.targeted(projection.name, saved.target_modules, saved.settings)

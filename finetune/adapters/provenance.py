@@ -1,0 +1,104 @@
+"""finetune.json: what an adapter was trained on, so that it is never put on something else without a word.
+
+PEFT's own files say nothing about the base but its path. Beside them we keep digests of the weights, the tokenizer, the
+chat template and the quantization, taken while the base was loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import ModelError
+
+FORMAT_VERSION = 1
+FILE = "finetune.json"
+
+
+def write_provenance(
+    directory: Path, digests: Mapping[str, Any], *, method: str = "lora", base: str | None = None
+) -> Path:
+    """Write finetune.json into the directory of an adapter.
+
+    Args:
+        directory: where the adapter was saved.
+        digests: of `base` (the weights as they came from the checkpoint), `tokenizer`, `chat_template`, `quantization`.
+        method: `name` of the adapter's config.
+        base: path or hub id of the base, for people to read.
+    """
+    document = {"format_version": FORMAT_VERSION, "method": method, "base": base, "digests": dict(digests)}
+    path = directory / FILE
+    path.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", "utf-8")
+    return path
+
+
+def read_provenance(directory: Path) -> dict[str, Any] | None:
+    """The content of finetune.json; None where the directory has none (PEFT's own files).
+
+    Raises:
+        ModelError: when it cannot be read or is of a newer format.
+    """
+    path = directory / FILE
+    if not path.is_file():
+        return None
+    try:
+        document = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read as JSON: {error}") from error
+    version = document.get("format_version") if isinstance(document, dict) else None
+    if not isinstance(version, int) or isinstance(version, bool) or not isinstance(document.get("digests"), dict):
+        raise ModelError(f"{path} has no format_version and digests: expected what finetune writes beside an adapter")
+    if version > FORMAT_VERSION:
+        raise ModelError(f"{path} has format_version {version}, newer than {FORMAT_VERSION}: update finetune")
+    return document
+
+
+def check_provenance(directory: Path, digests: Mapping[str, Any], allow_other_quant: bool = False) -> list[str]:
+    """Compare what an adapter was trained on with what is loaded now.
+
+    A digest that either side lacks is not compared.
+
+    Args:
+        directory: of the saved adapter.
+        digests: of what is loaded now, with the keys of `write_provenance`.
+        allow_other_quant: accept the same weights quantized otherwise.
+
+    Returns:
+        Lines that the user should read: no provenance, another tokenizer, template or (where allowed) quantization.
+
+    Raises:
+        ModelError: for other weights, or another quantization that was not allowed.
+    """
+    document = read_provenance(directory)
+    if document is None:
+        return [f"{directory} has no {FILE}: nothing says which base the adapter was trained on; loaded as it is"]
+    trained: dict[str, Any] = document["digests"]
+    different = [
+        key
+        for key in trained
+        if key in digests and None not in (trained[key], digests[key]) and trained[key] != digests[key]
+    ]
+    if "base" in different:
+        where = f" ({document['base']})" if document.get("base") else ""
+        raise ModelError(
+            f"adapter {directory} was trained on other weights: base {_short(trained['base'])}{where},"
+            f" loaded {_short(digests['base'])}; set model.path to the base it was trained on"
+        )
+    if "quantization" in different and not allow_other_quant:
+        raise ModelError(
+            f"adapter {directory} was trained on the same weights quantized otherwise:"
+            f" {_short(trained['quantization'])}, loaded {_short(digests['quantization'])};"
+            f" set the same quant, or adapter.allow_other_quant=true"
+        )
+    return [
+        f"adapter {directory} was trained with another {key.replace('_', ' ')}: {_short(trained[key])},"
+        f" loaded {_short(digests[key])}"
+        for key in different
+    ]
+
+
+def _short(digest: Any) -> str:
+    """Enough of a digest for a person to compare; settings are shown whole."""
+    return digest[:12] if isinstance(digest, str) and len(digest) > 40 and " " not in digest else str(digest)

@@ -1,0 +1,314 @@
+"""Adapters that sit on a projection: the frozen weight stays, something small beside it trains.
+
+A method of this kind is one file: a config, what it makes of one linear layer (`AdaptedLinear`), and a `WeightAdapter`
+that says how to wrap. Targets, freezing, `train_also`, saving, loading, merging and disabling are the same for all of
+them and live here. docs/new-adapter.md shows a whole one.
+
+Shape suffixes: B leading dimensions, O out features, I in features, E experts.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetune.adapters import peft_format
+from finetune.adapters.base import DTYPES, Adapter, AdapterConfig
+from finetune.adapters.full_copy import FullCopy, build_copies, resolve_modules
+from finetune.adapters.targets import ALL_LINEAR, check_targets, select
+from finetune.errors import ConfigError
+from finetune.quant.base import FrozenExperts, FrozenLinear, FrozenWeight
+from finetune.structure import Projection, Structure, inspect
+
+
+@dataclass
+class WeightConfig(AdapterConfig):
+    """An adapter that sits on projections.
+
+    Attributes:
+        targets: `all-linear` for every projection inside the blocks, or a list of names (the last part or parts of
+            the dotted name) and globs, each of which must match something. The head is adapted only where a pattern
+            names it.
+    """
+
+    # OmegaConf has no type for "a string or a list of strings".
+    targets: Any = ALL_LINEAR
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_targets(self.targets)
+
+
+class AdaptedWeight(nn.Module, ABC):
+    """A frozen weight and what trains beside it. Everything but `base` is trainable.
+
+    Args:
+        base: the frozen weight, in whatever storage format.
+    """
+
+    def __init__(self, base: FrozenWeight) -> None:
+        super().__init__()
+        self.base = base
+        self.enabled = True
+        self.in_features, self.out_features = base.in_features, base.out_features
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The stored weight of the base, without what was trained."""
+        return self.base.dequantize(dtype)  # type: ignore[operator]
+
+    @abstractmethod
+    def merge(self, weight: Tensor) -> Tensor:
+        """The weight (float32, as `base.dequantize` lays it out: w_OI, or a stack) with what was trained folded in."""
+
+
+class AdaptedLinear(AdaptedWeight):
+    """A frozen linear layer and what trains beside it. With its initial values it must give the base's own bits."""
+
+    base: FrozenLinear
+
+    def __init__(self, base: FrozenLinear) -> None:
+        super().__init__(base)
+        self.transposed = bool(getattr(base, "transposed", False))
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The frozen bias."""
+        return self.base.bias
+
+    def forward(self, x_BI: Tensor) -> Tensor:
+        """y_BO: the base's own while disabled."""
+        return self.adapted(x_BI) if self.enabled else self.base(x_BI)
+
+    @abstractmethod
+    def adapted(self, x_BI: Tensor) -> Tensor:
+        """y_BO in the dtype of `x_BI`; cast trained tensors to that dtype, so that gradients arrive in their own."""
+
+
+class AdaptedExperts(AdaptedWeight):
+    """A frozen stack of experts and what trains beside each; `experts[e]` is how the model reads one."""
+
+    base: FrozenExperts
+
+    def __init__(self, base: FrozenExperts) -> None:
+        super().__init__(base)
+        self.num_experts = base.num_experts
+
+    def __getitem__(self, expert: int | Tensor) -> Any:
+        return self.adapted(expert) if self.enabled else self.base[expert]  # type: ignore[index]
+
+    @abstractmethod
+    def adapted(self, expert: int | Tensor) -> Any:
+        """What stands for the weight of one expert in `F.linear(x, weight)` and `x @ weight`."""
+
+
+class WeightAdapter(Adapter):
+    """Wraps the targeted projections of a model in place.
+
+    Args:
+        config: of the method; `path` is not read here.
+        model: a causal language model of transformers, frozen or dense; it is frozen whatever it was.
+        plan: the projections to adapt; by default what `config.targets` selects.
+
+    Raises:
+        ConfigError: for targets or modules that match nothing or cannot be adapted, or a model that is adapted already.
+    """
+
+    config: WeightConfig
+
+    def __init__(self, config: WeightConfig, model: nn.Module, plan: list[Projection] | None = None) -> None:
+        self.config, self.model = config, model
+        if any(isinstance(module, AdaptedWeight | FullCopy) for module in model.modules()):
+            raise ConfigError("the model has an adapter attached already: load the base anew, or keep that one")
+        self.structure = inspect(model)
+        self.projections = plan if plan is not None else choose(model, self.structure, config)
+        whole = resolve_modules(model, self.structure, config.train_also)
+        both = sorted({p.name for p in self.projections} & set(whole))
+        if both:
+            raise ConfigError(
+                f"adapter.train_also and adapter.targets both name {both[0]}: leave it out of one of them"
+            )
+        self.check()
+        freeze_dense(model, self.structure, self.projections)
+        model.requires_grad_(False)
+        dtype = DTYPES[config.dtype]
+        self.copies = build_copies(model, self.structure, whole, dtype)
+        self.adapted = {p.name: self._wrapped(p, dtype) for p in self.projections}
+        self._bases = {name: model.get_submodule(name) for name in (*self.adapted, *self.copies)}
+        _place(model, {**self.adapted, **self.copies})
+        self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    @abstractmethod
+    def wrap(self, base: FrozenLinear, projection: Projection) -> AdaptedLinear:
+        """What stands in the model for one frozen linear layer."""
+
+    def wrap_experts(self, base: FrozenExperts, projection: Projection) -> AdaptedExperts:
+        """What stands in the model for a stack of experts; a method without a form for them leaves this as it is."""
+        raise ConfigError(
+            f"adapter={self.config.name} cannot adapt stacked experts such as {projection.name}:"
+            f" leave them out of adapter.targets"
+        )
+
+    def check(self) -> None:
+        """Refuse settings that the chosen projections do not allow, before the model is touched."""
+
+    def _wrapped(self, projection: Projection, dtype: torch.dtype) -> AdaptedWeight:
+        base = self.model.get_submodule(projection.name)
+        wrapped: AdaptedWeight
+        if isinstance(base, FrozenExperts):
+            wrapped = self.wrap_experts(base, projection)
+        else:
+            assert isinstance(base, FrozenLinear)
+            wrapped = self.wrap(base, projection)
+        device = next(base.parameters()).device
+        for name, parameter in wrapped.named_parameters():
+            if not name.startswith("base."):
+                # Drawn on the CPU in float32, so that a seed gives the same start on every device.
+                parameter.data = parameter.data.to(device=device, dtype=dtype)
+                parameter.requires_grad_(True)
+        return wrapped.train(base.training)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Every tensor that trains, by its full name in the model; a tied one once."""
+        return dict(self._trainable)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within it every adapted module computes with its stored weight alone, bit for bit the base."""
+        modules: list[AdaptedWeight | FullCopy] = [*self.adapted.values(), *self.copies.values()]
+        before = [module.enabled for module in modules]
+        try:
+            for module in modules:
+                module.enabled = False
+            yield
+        finally:
+            for module, enabled in zip(modules, before, strict=True):
+                module.enabled = enabled
+
+    @contextmanager
+    def detached(self) -> Iterator[None]:
+        """Within it the model is the base: its modules, parameter names and state dict."""
+        _place(self.model, self._bases)
+        try:
+            yield
+        finally:
+            _place(self.model, {**self.adapted, **self.copies})
+
+    @property
+    def mergeable(self) -> bool:
+        """Weight adapters merge."""
+        return True
+
+    @torch.no_grad()
+    def merged(self) -> Iterator[tuple[str, Tensor]]:
+        """Base names and merged weights in float32, decoded from what is stored, one at a time."""
+        for projection in self.projections:
+            module = self.adapted[projection.name]
+            weight = module.merge(module.dequantize(torch.float32))
+            if projection.kind == "experts":
+                yield projection.name, weight
+            else:
+                yield f"{projection.name}.weight", weight.T.contiguous() if projection.transposed else weight
+        for name, whole in self.copies.items():
+            for leaf, parameter in whole.trained.named_parameters():
+                yield f"{name}.{leaf}", parameter.detach().float()
+
+    def file_keys(self) -> dict[str, nn.Parameter]:
+        """Keys of adapter_model.safetensors and the parameters they fill; tied modules have a key each."""
+        keys = {}
+        for name, module in self.adapted.items():
+            own = ((leaf, p) for leaf, p in module.named_parameters() if not leaf.startswith("base."))
+            keys.update({f"{peft_format.PREFIX}{name}.{leaf}": p for leaf, p in own})
+        return keys | self.copy_keys()
+
+    def copy_keys(self) -> dict[str, nn.Parameter]:
+        """The part of `file_keys` that `train_also` adds, as PEFT names it."""
+        return {
+            f"{peft_format.PREFIX}{name}.{leaf}": parameter
+            for name, module in self.copies.items()
+            for leaf, parameter in module.trained.named_parameters()
+        }
+
+    def file_config(self) -> dict[str, Any]:
+        """adapter_config.json of a method that PEFT does not have: the settings themselves."""
+        own = {
+            key: value for key, value in asdict(self.config).items() if key not in ("name", "path", "allow_other_quant")
+        }
+        return {"finetune_method": self.config.name, **own}
+
+    def save(self, directory: Path) -> None:
+        """Write adapter_config.json and adapter_model.safetensors."""
+        peft_format.write(Path(directory), self.file_keys(), self.file_config())
+
+    def load(self, directory: Path) -> None:
+        """Fill the attached tensors from a directory that `save` (or PEFT) wrote.
+
+        Raises:
+            ModelError: for another method, or missing, unexpected or mis-shaped tensors.
+        """
+        saved = peft_format.read_config(Path(directory))
+        peft_format.check_method(Path(directory), saved, self.file_config())
+        self.fill(directory, peft_format.read_tensors(Path(directory)))
+
+    @torch.no_grad()
+    def fill(self, directory: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Copy tensors by file key into the attached parameters, after checking that they fit exactly."""
+        keys = self.file_keys()
+        peft_format.check_tensors(Path(directory), {key: p.shape for key, p in keys.items()}, tensors)
+        filled: dict[int, str] = {}
+        for key, parameter in keys.items():
+            first = filled.setdefault(id(parameter), key)
+            if first != key and not torch.equal(tensors[first], tensors[key]):
+                raise peft_format.torn(Path(directory), first, key)
+            parameter.copy_(tensors[key])
+
+
+def choose(model: nn.Module, structure: Structure, config: WeightConfig) -> list[Projection]:
+    """The projections that `config.targets` selects.
+
+    Raises:
+        ConfigError: for a pattern that matches nothing, or a head that is tied to the embeddings.
+    """
+    head = head_projection(model, structure)
+    chosen = select(structure.projections, config.targets, head)
+    if head in chosen and structure.tied:
+        raise ConfigError(
+            f"adapter.targets names {structure.head}, whose weight is tied to {structure.embeddings}: merging would"
+            f" change both; use adapter.train_also=[{structure.head}, {structure.embeddings}]"
+        )
+    return chosen
+
+
+def head_projection(model: nn.Module, structure: Structure) -> Projection | None:
+    """The output head as a projection, so that a pattern may name it; None where it is no linear layer."""
+    head = model.get_submodule(structure.head) if structure.head else None
+    if structure.head is None or not isinstance(head, nn.Linear | FrozenLinear):
+        return None
+    return Projection(structure.head, "linear", head.in_features, head.out_features)
+
+
+def freeze_dense(model: nn.Module, structure: Structure, projections: list[Projection]) -> None:
+    """Give projections that are still plain modules or parameters the frozen form of their own dense weight."""
+    from finetune.quant.dense import DenseConfig
+    from finetune.quant.freeze import freeze
+
+    plain = tuple(p for p in projections if not isinstance(_at(model, p.name), FrozenWeight))
+    if plain:
+        freeze(model, DenseConfig(), replace(structure, projections=plain))
+
+
+def _at(model: nn.Module, name: str) -> object:
+    parent, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(parent), leaf)
+
+
+def _place(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Put modules in the place of those that have their names: the one place where an adapter operates on a model."""
+    for name, module in modules.items():
+        model.set_submodule(name, module)
