@@ -60,8 +60,18 @@ class TrainConfig:
         for key, value, choices in (("dtype", self.dtype, DTYPES), ("schedule", self.schedule, SCHEDULES)):
             if value not in choices:
                 raise ConfigError(f"train.{key} is {value!r}: expected {' | '.join(choices)}{nearest(value, choices)}")
-        at_least_one = ("max_steps", "batch_size", "grad_accumulation", "log_every", "eval_every", "save_every",
-                        "keep_checkpoints", "early_stopping", "max_nonfinite", "sample_tokens")
+        at_least_one = (
+            "max_steps",
+            "batch_size",
+            "grad_accumulation",
+            "log_every",
+            "eval_every",
+            "save_every",
+            "keep_checkpoints",
+            "early_stopping",
+            "max_nonfinite",
+            "sample_tokens",
+        )
         for key in at_least_one:
             value = getattr(self, key)
             if value is not None and value < 1:
@@ -75,7 +85,9 @@ class TrainConfig:
         if self.samples < 0:
             raise ConfigError(f"train.samples is {self.samples}: expected 0 or more")
         if self.early_stopping is not None and self.eval_every is None:
-            raise ConfigError("train.early_stopping needs train.eval_every: without evaluations there is nothing to stop on")
+            raise ConfigError(
+                "train.early_stopping needs train.eval_every: without evaluations there is nothing to stop on"
+            )
 
 
 @dataclass

@@ -53,6 +53,8 @@ class TrainResult:
         status: finished | interrupted | stopped_early.
         steps, epochs: done in all, resumed ones included.
         first_eval, last_eval, best_eval: held-out loss per token, nats; None where nothing was evaluated.
+        best_step: the step whose weights the model holds where they were the best and not the last ones; else None.
+        signal: number of the signal that interrupted the run; None where none did.
         skipped_steps: steps left out because their loss or gradient was not finite.
         notes: lines a user should read, e.g. a substituted optimizer.
     """
@@ -63,5 +65,7 @@ class TrainResult:
     first_eval: float | None = None
     last_eval: float | None = None
     best_eval: float | None = None
+    best_step: int | None = None
+    signal: int | None = None
     skipped_steps: int = 0
     notes: list[str] = field(default_factory=list)

@@ -1,0 +1,27 @@
+"""AdamW whose 32-bit state lives in memory that the device pages out when it is short (Dettmers et al. 2023,narXiv:2305.14314, section 3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from finetune.training.config import OPTIMIZERS, TrainConfig
+from finetune.training.optimizers.adamw import AdamWConfig
+from finetune.training.optimizers.bitsandbytes_state import build_or_adamw
+
+
+@dataclass
+class PagedAdamWConfig(AdamWConfig):
+    """AdamW's settings; `bitsandbytes.optim.PagedAdamW` where the device has it."""
+
+    name: str = "paged_adamw"
+
+
+@OPTIMIZERS.register(PagedAdamWConfig)
+def build(
+    config: PagedAdamWConfig, parameters: list[Tensor], train: TrainConfig, device: torch.device
+) -> tuple[torch.optim.Optimizer, str | None]:
+    """bitsandbytes' optimizer, else torch's AdamW and a line that says why."""
+    return build_or_adamw("PagedAdamW", config.name, parameters, config.settings(train), device)
