@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from finetune.adapters.base import Adapter
+from finetune.model.headers import StoredTensor
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class ExportSource:
         dtype: 16-bit (or 32-bit) dtype of weights that are not quantized.
         quantization_config: how the base is stored, in transformers' terms; None for a dense one.
         max_shard_bytes: largest safetensors file.
+        digests: of base, tokenizer, chat template and quantization, for finetune.json beside an adapter; None leaves it
+            out.
     """
 
     model: nn.Module
@@ -34,6 +37,28 @@ class ExportSource:
     dtype: torch.dtype
     quantization_config: dict[str, Any] | None
     max_shard_bytes: int
+    digests: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a format has written.
+
+    Attributes:
+        weights: how many weights (not bytes) the files stand for, tied ones counted once.
+        quantized: of the modules that it claims to have quantized: their name in the model -> how many weights.
+        base: for "peft": the directory or hub id that the adapter belongs on.
+        base_quantization: how that base is to be quantized on loading, in transformers' terms; None leaves it as
+            stored.
+        decode_base: the adapter's runtime cannot store that base as it was trained on, so the proof puts the adapter on
+            the decoded weights instead.
+    """
+
+    weights: int
+    quantized: dict[str, int] = field(default_factory=dict)
+    base: str | None = None
+    base_quantization: dict[str, Any] | None = None
+    decode_base: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,33 +70,54 @@ class Format:
         runtime: who reads it, in words, e.g. "transformers (AutoModelForCausalLM)".
         loader: which loader of the proof client opens it: "causal_lm" or "peft".
         needs_merge: whether the adapter has to be mergeable.
-        write: writes a new, empty directory.
+        write: writes a new, empty directory and says what the proof needs to know of it.
+        check: looks at the tensors in the files and returns a complaint where they are not what the format promises (an
+            export that was asked to be quantized and is not); None checks nothing.
     """
 
     name: str
     runtime: str
     loader: str
     needs_merge: bool
-    write: Callable[[ExportSource, Path], None]
+    write: Callable[[ExportSource, Path], Written]
+    check: Callable[[Written, Sequence[StoredTensor]], str | None] | None = None
 
 
 @dataclass
 class Proof:
-    """What export.json holds. Losses are per token, KL in nats per token, against the unmerged model."""
+    """What export.json holds. Losses and KL are in nats a token, KL is from the unmerged model; None was not measured.
+
+    Attributes:
+        format, runtime: what was written, and what opened it.
+        bytes: of all files in the directory.
+        bits_per_weight: of the weight files, scales and tensors left in 16 bits included.
+        kl_mean, kl_p99, top1_agreement: over `kl_tokens` learnt positions, each compared over the whole vocabulary.
+        loss_base: the base as it was trained on (quantized where it was), without the adapter.
+        loss_trained: with the adapter, unmerged, in memory.
+        loss_export: the artefact, in its own runtime.
+        loss_error: standard error, over rows, of loss_base - loss_trained.
+        rows, tokens: held-out rows and learnt positions that the losses run over.
+        retained: (loss_base - loss_export) / (loss_base - loss_trained); None where the improvement is within two of
+            its standard errors, and the gate is kl_mean instead.
+        passed, reason: the verdict; the reason is empty where it passed.
+    """
 
     format: str
     runtime: str
-    bytes: int
-    bits_per_weight: float
-    kl_mean: float
-    kl_p99: float
-    top1_agreement: float
-    loss_base: float
-    loss_trained: float
-    loss_export: float
-    rows: int
-    retained: float | None
-    passed: bool
+    bytes: int = 0
+    bits_per_weight: float | None = None
+    kl_mean: float | None = None
+    kl_p99: float | None = None
+    top1_agreement: float | None = None
+    loss_base: float | None = None
+    loss_trained: float | None = None
+    loss_export: float | None = None
+    loss_error: float | None = None
+    rows: int = 0
+    tokens: int = 0
+    kl_tokens: int = 0
+    retained: float | None = None
+    passed: bool = False
     reason: str = ""
     format_version: int = 1
 

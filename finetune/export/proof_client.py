@@ -1,0 +1,176 @@
+"""Open an export in its own runtime and write down what it predicts. Runs alone: `python -I proof_client.py REQUEST`.
+
+The interpreter is a fresh one, and this file makes sure that no module of finetune can be imported in it, so what it
+finds is what a stranger with stock transformers, PEFT and bitsandbytes finds. It decides nothing: it writes
+log-probabilities, losses and token ids; the process that asked compares them (finetune/export/verify.py).
+
+REQUEST is a JSON file; `answer` in it names the directory that receives `answer.json` and one safetensors file a batch.
+
+Shape suffixes: B rows of a batch, S positions, P learnt positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+FORBIDDEN = "finetune"
+IGNORE = -100
+
+
+class _Refuse(importlib.abc.MetaPathFinder):
+    """Makes the package under proof impossible to import, even where it is installed in this interpreter."""
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> None:
+        if fullname.partition(".")[0] == FORBIDDEN:
+            raise ModuleNotFoundError(f"the proof runs without {FORBIDDEN}, so {fullname} cannot be imported")
+
+
+sys.meta_path.insert(0, _Refuse())
+
+import torch  # noqa: E402  nothing may be imported before the refusal stands
+from safetensors.torch import load_file, save_file  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig  # noqa: E402
+
+LOADERS: dict[str, Any] = {}
+
+
+def loader(name: str) -> Any:
+    """Register how a kind of artefact is opened."""
+
+    def keep(function: Any) -> Any:
+        LOADERS[name] = function
+        return function
+
+    return keep
+
+
+@loader("causal_lm")
+def load_causal_lm(request: dict[str, Any], path: str) -> Any:
+    """A checkpoint directory, as `AutoModelForCausalLM` opens it."""
+    options: dict[str, Any] = {"dtype": getattr(torch, request["dtype"]), "device_map": {"": request["device"]}}
+    if request.get("trust_remote_code"):
+        options["trust_remote_code"] = True
+    model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info.get(kind):
+            raise SystemExit(f"{path}: {kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[:3]}")
+    return model
+
+
+@loader("peft")
+def load_peft(request: dict[str, Any], path: str) -> Any:
+    """An adapter directory, as PEFT opens it on its base, quantized as it was trained on."""
+    from peft import PeftModel, get_peft_model_state_dict
+
+    options: dict[str, Any] = {"dtype": getattr(torch, request["dtype"]), "device_map": {"": request["device"]}}
+    if request.get("trust_remote_code"):
+        options["trust_remote_code"] = True
+    stored = AutoConfig.from_pretrained(request["base"], revision=request.get("base_revision"))
+    if request.get("base_quantization") and getattr(stored, "quantization_config", None) is None:
+        options["quantization_config"] = BitsAndBytesConfig.from_dict(request["base_quantization"])
+    base = AutoModelForCausalLM.from_pretrained(request["base"], revision=request.get("base_revision"), **options)
+    model = PeftModel.from_pretrained(base, path)
+    # PEFT only warns where a key of the file fits nothing, and the adapter then changes nothing.
+    placed = get_peft_model_state_dict(model, save_embedding_layers=False)
+    lost = sorted(set(load_file(Path(path) / "adapter_model.safetensors")) - set(placed))
+    if lost:
+        raise SystemExit(f"{path}: PEFT finds no place for {lost[:3]}")
+    return model
+
+
+def batches(rows: dict[str, torch.Tensor], plan: list[list[int]], pad_id: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Right-padded batches of the held-out rows, in the order asked for."""
+    offsets = rows["offsets"].tolist()
+    for chosen in plan:
+        cuts = [slice(offsets[row], offsets[row + 1]) for row in chosen]
+        width = max(cut.stop - cut.start for cut in cuts)
+        ids_BS = torch.full((len(cuts), width), pad_id, dtype=torch.int64)
+        labels_BS = torch.full((len(cuts), width), IGNORE, dtype=torch.int64)
+        mask_BS = torch.zeros((len(cuts), width), dtype=torch.int64)
+        for line, cut in enumerate(cuts):
+            length = cut.stop - cut.start
+            ids_BS[line, :length] = rows["input_ids"][cut]
+            labels_BS[line, :length] = rows["labels"][cut]
+            mask_BS[line, :length] = 1
+        yield {"input_ids": ids_BS, "labels": labels_BS, "attention_mask": mask_BS}
+
+
+@torch.no_grad()
+def observe(model: Any, request: dict[str, Any], answer: Path) -> None:
+    """Write, a file a batch: losses at every learnt position, log-probabilities at every `stride`-th; both float32."""
+    seen, stride = 0, request["stride"]
+    for number, batch in enumerate(batches(load_file(request["rows"]), request["plan"], request["pad_id"])):
+        labels_BS = batch.pop("labels")
+        targets_BS = torch.full_like(labels_BS, IGNORE)
+        targets_BS[:, :-1] = labels_BS[:, 1:]
+        learnt_BS = targets_BS != IGNORE
+        moved = {name: tensor.to(request["device"]) for name, tensor in batch.items()}
+        logits_PV = model(**moved, use_cache=False).logits[learnt_BS.to(request["device"])].float().cpu()
+        targets_P = targets_BS[learnt_BS]
+        losses_P = torch.nn.functional.cross_entropy(logits_PV, targets_P, reduction="none")
+        kept = (torch.arange(seen, seen + len(targets_P)) % stride) == 0
+        log_probs_PV = torch.log_softmax(logits_PV[kept], -1)
+        save_file({"losses": losses_P, "log_probs": log_probs_PV}, answer / f"batch-{number:05d}.safetensors")
+        seen += len(targets_P)
+
+
+def tokenizer_facts(path: str, request: dict[str, Any]) -> dict[str, Any]:
+    """What the artefact's own tokenizer makes of the texts and conversations asked about."""
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=bool(request.get("trust_remote_code")))
+    chats = None
+    if tokenizer.chat_template:
+        chats = [
+            tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False, add_generation_prompt=prompt)
+            for chat in request["chats"]
+            for prompt in (False, True)
+        ]
+    return {
+        "texts": [tokenizer.encode(text) for text in request["texts"]],
+        "chats": chats,
+        "eos": tokenizer.eos_token_id,
+        "pad": tokenizer.pad_token_id,
+        "vocabulary": len(tokenizer),
+    }
+
+
+@torch.no_grad()
+def generate(model: Any, request: dict[str, Any]) -> list[int]:
+    """The greedy continuation of one prompt, through the runtime's own generation."""
+    prompt_BS = torch.tensor([request["prompt"]], device=request["device"])
+    made = model.generate(
+        input_ids=prompt_BS,
+        attention_mask=torch.ones_like(prompt_BS),
+        max_new_tokens=request["new_tokens"],
+        do_sample=False,
+        pad_token_id=request["pad_id"],
+    )
+    return made[0, prompt_BS.shape[1] :].tolist()
+
+
+def main(path: str) -> None:
+    """Answer one request."""
+    request = json.loads(Path(path).read_text("utf-8"))
+    answer = Path(request["answer"])
+    facts = tokenizer_facts(request["directory"], request)
+    model = LOADERS[request["loader"]](request, request["directory"]).eval()
+    observe(model, request, answer)
+    generation = getattr(model, "generation_config", None)
+    facts |= {
+        "continuation": generate(model, request),
+        "generation_eos": getattr(generation, "eos_token_id", None),
+        "vocabulary_model": AutoConfig.from_pretrained(request["base"] or request["directory"]).vocab_size,
+    }
+    loaded = [name for name in sys.modules if name.partition(".")[0] == FORBIDDEN]
+    if loaded:
+        raise SystemExit(f"{FORBIDDEN} was imported in its own proof: {loaded[:3]}")
+    (answer / "answer.json").write_text(json.dumps(facts), "utf-8")
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    main(sys.argv[1])
