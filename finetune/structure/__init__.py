@@ -1,1 +1,6 @@
 """What a transformers model is made of, found by type and shape."""
+
+from finetune.structure.base import Projection, Structure
+from finetune.structure.inspect import inspect
+
+__all__ = ["Projection", "Structure", "inspect"]

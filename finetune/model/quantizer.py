@@ -1,0 +1,291 @@
+"""Our way into transformers' loader: every weight is frozen into its storage format the moment it arrives.
+
+transformers builds the model on the meta device, then walks over the checkpoint's tensors (renaming, merging the
+experts of a mixture, casting to the model's dtype) and hands each finished one to the quantizer's operation. Ours
+builds the frozen module that the weight belongs in, stores the weight and puts the module in the model; until then the
+model keeps its ordinary modules, so that names, shapes and conversions are those of the dense model on every version of
+transformers.
+
+Written against `transformers.quantizers.base.HfQuantizer` and `transformers.core_model_loading` of 5.17 to 5.23.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from finetune.errors import ConfigError, ModelError
+from finetune.model import bnb_format
+from finetune.model.streaming import PageRelease
+from finetune.quant.base import QUANTIZERS, FrozenWeight, QuantConfig
+from finetune.quant.bnb_state import from_bnb_state
+from finetune.quant.dense import DenseConfig, DenseLinear
+from finetune.quant.freeze import empty_frozen, replace_projection
+from finetune.structure import Projection, Structure, inspect
+from finetune.structure.inspect import projection_of
+
+METHOD = "finetune"
+
+
+@dataclass
+class Loading:
+    """One load: its settings, and what it finds out. Shared by everything that transformers copies along the way.
+
+    Attributes:
+        quant: the storage format in force.
+        dtype: of what stays unquantized, and of what frozen modules stand for.
+        packed: for a prequantized checkpoint, the dtype its packed bytes are disguised as, by name of the weight; None
+            for a dense one.
+        kept: names of the linear modules that stayed unquantized, known after loading.
+        failure: the first error of an operation, which transformers would only report.
+    """
+
+    quant: QuantConfig
+    dtype: torch.dtype
+    packed: dict[str, torch.dtype] | None = None
+    pages: PageRelease = field(default_factory=PageRelease)
+    kept: list[str] = field(default_factory=list)
+    failure: Exception | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Loading:
+        return self
+
+    @contextmanager
+    def keeping_failure(self) -> Iterator[None]:
+        """Remember the first exception that leaves this block."""
+        try:
+            yield
+        except Exception as error:
+            self.failure = self.failure or error
+            raise
+
+
+@register_quantization_config(METHOD)
+class FrozenBaseConfig(QuantizationConfigMixin):
+    """What transformers passes around while it loads."""
+
+    def __init__(self, loading: Loading, **_: Any) -> None:
+        self.quant_method = METHOD  # type: ignore[assignment]
+        self.loading = loading
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json says of a model saved as it is, in transformers' own terms, so that stock reads it."""
+        loading = self.loading
+        return bnb_format.quantization_config(loading.quant, loading.dtype, loading.kept) or {"quant_method": METHOD}
+
+
+@register_quantizer(METHOD)
+class FrozenBaseQuantizer(HfQuantizer):
+    """Freezes the projections of a model while its tensors stream in."""
+
+    quantization_config: FrozenBaseConfig
+
+    def __init__(self, quantization_config: FrozenBaseConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.loading = quantization_config.loading
+        self.targets: dict[str, Projection] = {}
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        """Note which parameters are to be frozen, by name."""
+        structure = inspect(model)
+        self.targets = {parameter_name(p): p for p in structure.projections}
+        if getattr(self.loading.quant, "head", False) and self.loading.packed is None:
+            self.targets.update(_head(model, structure))
+        for name, storage in (self.loading.packed or {}).items():
+            # 5.17 casts a float tensor to the dtype of the parameter it is for; packed bytes must pass untouched.
+            parent, _, leaf = name.rpartition(".")
+            if storage.is_floating_point and projection_of(model.get_submodule(parent), parent):
+                meta = torch.empty_like(model.get_parameter(name), dtype=storage, device="meta")
+                setattr(model.get_submodule(parent), leaf, nn.Parameter(meta, requires_grad=False))
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        """Freeze what did not come by our operation, so that all projections honour one contract, and tidy up."""
+        structure = inspect(model)
+        quant = DenseConfig() if self.pre_quantized else self.loading.quant
+        for projection in structure.projections:
+            replace_projection(model, quant, projection)
+        self.loading.kept = [
+            name for name, module in model.named_modules() if isinstance(module, nn.Linear | DenseLinear)
+        ]
+        # Their operations cannot be undone (saving would try); what is saved is packed as it was.
+        conversions = getattr(model, "_weight_conversions", None) or []
+        model._weight_conversions = [c for c in conversions if not _unpacks(c)]  # type: ignore[assignment]
+        if bnb_format.quantization_config(self.loading.quant, self.loading.dtype, []) is None:
+            self.remove_quantization_config(model)
+        return model
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        return param_name in self.targets
+
+    def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
+        """Bytes a weight will take, so that a CUDA warm-up does not reserve the dense model."""
+        if param_name not in self.targets:
+            return super().param_element_size(model, param_name, param)
+        trial = QUANTIZERS.build(self.loading.quant, 256, 256, bias=False, dtype=self.loading.dtype, device="meta")
+        return trial.bits_per_weight() / 8
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return Freeze(self)
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        """Prequantized: gather a weight and its scales, longest names first (5.17 takes the first match)."""
+        if not self.pre_quantized:
+            return []
+        return [WeightConverter([*bnb_format.COMPANIONS, "weight"], "weight", [Unpack(self)])]
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    def freeze(self, model: nn.Module, name: str, weight: Tensor) -> None:
+        """Store a dense weight, laid out as the model's parameter, and put the frozen module in its place.
+
+        Raises:
+            ModelError: where the checkpoint's shape is not the model's, or a weight is not finite.
+        """
+        projection = self.targets[name]
+        expected = _memory_shape(projection)
+        if tuple(weight.shape) != expected:
+            raise ModelError(
+                f"{name} has shape {list(weight.shape)} in the checkpoint, config.json leads to {list(expected)}"
+            )
+        frozen = self._empty(model, projection, self.loading.quant, weight.device)
+        try:
+            # A Conv1D becomes an ordinary [O, I] matrix, as in bitsandbytes; experts keep the layout of their loop.
+            frozen.store(weight.T if projection.kind == "conv1d" else weight)
+        except ModelError as error:
+            raise ModelError(f"{name}: {error}") from error
+        _place(model, projection, frozen)
+        self.loading.pages.consumed(weight)
+
+    def unpack(self, model: nn.Module, name: str, stored: dict[str, Tensor]) -> None:
+        """Put a frozen module in place that holds a weight as the checkpoint packed it.
+
+        Raises:
+            ModelError: where the parts do not make a weight, or not one that fits here.
+        """
+        path = name.removesuffix(".weight")
+        projection = self.targets.get(name) or projection_of(model.get_submodule(path), path)
+        if projection is None:
+            raise ModelError(f"{name} is packed in the checkpoint, but the model has no linear layer there")
+        frozen = self._empty(model, projection, bnb_format.settings_of(stored, name), stored["weight"].device)
+        from_bnb_state(frozen, stored, f"{path}.")  # type: ignore[arg-type]
+        _place(model, projection, frozen)
+
+    def _empty(
+        self, model: nn.Module, projection: Projection, quant: QuantConfig, device: torch.device
+    ) -> FrozenWeight:
+        """The empty frozen module of a projection that is dense so far."""
+        parent, leaf = _owner(model, projection.name)
+        return empty_frozen(quant, projection, getattr(parent, leaf), dtype=self.loading.dtype, device=device)
+
+
+class Freeze(ConversionOps):
+    """Operation on arriving dense weights. transformers copies an operation for every tensor; the copies are one."""
+
+    def __init__(self, hf_quantizer: FrozenBaseQuantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Freeze:
+        return self
+
+    def convert(  # type: ignore[override]
+        self, input_dict: dict[str, Any], *, model: nn.Module, missing_keys: set[str] | None = None, **_: Any
+    ) -> dict[str, Any]:
+        """Freeze what is to be frozen; hand the rest (a converter may yield several tensors) back to transformers."""
+        rest = {}
+        for name, value in input_dict.items():
+            if name not in self.hf_quantizer.targets:
+                rest[name] = value
+                continue
+            with self.hf_quantizer.loading.keeping_failure():
+                self.hf_quantizer.freeze(model, name, _single(value))
+            if missing_keys is not None:
+                missing_keys.discard(name)
+        return rest
+
+
+class Unpack(Freeze):
+    """Operation on the parts of an already packed weight; a dense weight passes, in the model's dtype."""
+
+    def convert(  # type: ignore[override]
+        self,
+        input_dict: dict[str, Any],
+        *,
+        model: nn.Module,
+        missing_keys: set[str] | None = None,
+        full_layer_name: str = "",
+        **_: Any,
+    ) -> dict[str, Any]:
+        """Build the frozen module from a weight and its companions."""
+        parts = {name: _single(value) for name, value in input_dict.items()}
+        if len(parts) > 1:
+            with self.hf_quantizer.loading.keeping_failure():
+                self.hf_quantizer.unpack(model, full_layer_name, parts)
+            if missing_keys is not None:
+                missing_keys.discard(full_layer_name)
+            return {}
+        (name, value), keep_fp32 = *parts.items(), getattr(model, "_keep_in_fp32_modules", None) or ()
+        if value.is_floating_point() and not any(part in keep_fp32 for part in full_layer_name.split(".")):
+            value = value.to(self.hf_quantizer.loading.dtype)
+        return {name: value}
+
+
+def parameter_name(projection: Projection) -> str:
+    """Full name of the parameter that holds a projection in the dense model."""
+    return projection.name if projection.kind == "experts" else f"{projection.name}.weight"
+
+
+def _head(model: nn.Module, structure: Structure) -> dict[str, Projection]:
+    """The output head as a target, where it can be one."""
+    if structure.tied:
+        raise ConfigError(
+            f"quant.head is true, but {structure.head} shares its weight with the embeddings: set it to false"
+        )
+    projection = projection_of(model.get_submodule(structure.head), structure.head) if structure.head else None
+    return {parameter_name(projection): replace(projection, block=None)} if projection else {}
+
+
+def _place(model: nn.Module, projection: Projection, frozen: FrozenWeight) -> None:
+    """Exchange a module, or a 3-D parameter, for its frozen stand-in, which transformers must not initialize."""
+    frozen._is_hf_initialized = True  # type: ignore[assignment]
+    frozen.requires_grad_(False)
+    parent, leaf = _owner(model, projection.name)
+    if projection.kind == "experts":
+        delattr(parent, leaf)
+    setattr(parent, leaf, frozen)  # over a module: in place, so that the order of modules stays
+
+
+def _memory_shape(projection: Projection) -> tuple[int, ...]:
+    """Shape of the parameter in the dense model."""
+    matrix = (projection.out_features, projection.in_features)
+    matrix = matrix[::-1] if projection.transposed else matrix
+    return (projection.experts, *matrix) if projection.kind == "experts" else matrix
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds a dotted name, and the last part of it."""
+    parent, _, leaf = name.rpartition(".")
+    return model.get_submodule(parent), leaf
+
+
+def _single(value: Any) -> Tensor:
+    """transformers collects tensors in lists, of one where nothing is merged."""
+    return value[0] if isinstance(value, list) else value
+
+
+def _unpacks(conversion: Any) -> bool:
+    """Whether a conversion is one of ours."""
+    return any(isinstance(operation, Freeze) for operation in getattr(conversion, "operations", ()))

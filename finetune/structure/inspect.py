@@ -1,0 +1,170 @@
+"""Find what a transformers model is made of, by type, attribute and shape; never by the family's name.
+
+Works on dense models and on frozen ones, with real weights or on the meta device. Shape suffixes: O out features,
+I in features, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from finetune.structure.base import Projection, Structure
+
+
+def inspect(model: nn.Module) -> Structure:
+    """Describe a model: its repeated blocks, the projections in them, its head and its embeddings.
+
+    The blocks are the entries of the outermost `nn.ModuleList` that holds most projection weights. Routers and scoring
+    gates of mixtures of experts are no projections: they are tiny, and an error in them sends a token elsewhere.
+
+    Args:
+        model: a causal language model of transformers, dense or with frozen modules in place of its projections.
+    """
+    head, embeddings = _accessor(model, "get_output_embeddings"), _accessor(model, "get_input_embeddings")
+    names = {id(module): name for name, module in model.named_modules()}
+    blocks = _blocks(model, exclude={id(head), id(embeddings)})
+    projections: list[Projection] = []
+    for index, block in enumerate(blocks):
+        module = model.get_submodule(block)
+        routers = _routers(module, block)
+        projections += [replace(p, block=index) for p in _projections(module, block) if p.name not in routers]
+    return Structure(
+        blocks=tuple(blocks),
+        projections=tuple(projections),
+        head=names.get(id(head)),
+        embeddings=names.get(id(embeddings)),
+        tied=_tied(model, head, embeddings),
+    )
+
+
+def projection_of(module: nn.Module, name: str) -> Projection | None:
+    """The projection that a module is, or None where it is something else.
+
+    A `Linear` (or a subclass with no state but weight and bias), a frozen linear (in_features, out_features,
+    dequantize), or transformers' `Conv1D`, known by `nf` and a weight [I, nf]. A frozen linear that stands for a Conv1D
+    says so by a true attribute `transposed`.
+    """
+    if isinstance(module, nn.Linear):
+        plain = {n for n, _ in module.named_parameters()} <= {"weight", "bias"} and module.weight.dim() == 2
+        return Projection(name, "linear", module.in_features, module.out_features) if plain else None
+    if _is_frozen(module) and not hasattr(module, "num_experts"):
+        transposed = bool(getattr(module, "transposed", False))
+        kind = "conv1d" if transposed else "linear"
+        return Projection(name, kind, module.in_features, module.out_features, transposed=transposed)  # type: ignore[arg-type]
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, torch.Tensor) and weight.dim() == 2 and getattr(module, "nf", None) == weight.shape[1]:
+        return Projection(name, "conv1d", weight.shape[0], weight.shape[1], transposed=True)
+    return None
+
+
+def speaks_experts_interface(module: nn.Module) -> bool:
+    """Whether a module follows transformers' experts interface: its eager loop reads weights as `weight[expert]`.
+
+    `transformers.integrations.moe.use_experts_implementation` gives such a module `is_transposed` (memory is [E, I,
+    O]). Weights of experts modules outside that interface are read in ways we cannot know, so they stay as they are.
+    """
+    return isinstance(getattr(module, "num_experts", None), int) and hasattr(module, "is_transposed")
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    """Whether a module holds a frozen weight, or wraps one, by the contract of quant/base.py."""
+    return all(hasattr(module, key) for key in ("in_features", "out_features", "dequantize"))
+
+
+def _experts(module: nn.Module, prefix: str) -> Iterator[Projection]:
+    """The 3-D projections of a module that follows the experts interface, dense parameters or frozen children."""
+    experts, transposed = int(module.num_experts), bool(module.is_transposed)  # type: ignore[arg-type]
+    found: dict[str, tuple[int, int]] = {}
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter.dim() == 3 and parameter.shape[0] == experts:
+            out_features, in_features = parameter.shape[:0:-1] if transposed else parameter.shape[1:]
+            found[name] = (in_features, out_features)
+    for name, child in module.named_children():
+        if _is_frozen(child) and hasattr(child, "num_experts"):
+            found[name] = (child.in_features, child.out_features)  # type: ignore[assignment]
+    for name, (in_features, out_features) in found.items():
+        yield Projection(f"{prefix}.{name}", "experts", in_features, out_features, experts, transposed)
+
+
+def _projections(module: nn.Module, prefix: str) -> Iterator[Projection]:
+    """Every projection at or below a module, in module order; a wrapped projection counts once, by its wrapper."""
+    found = projection_of(module, prefix)
+    if found is not None:
+        yield found
+        return
+    if speaks_experts_interface(module):
+        yield from _experts(module, prefix)
+    for name, child in module.named_children():
+        if not _is_frozen(child) or not hasattr(child, "num_experts"):
+            yield from _projections(child, f"{prefix}.{name}" if prefix else name)
+
+
+def _blocks(model: nn.Module, exclude: set[int]) -> list[str]:
+    """Names of the entries of the outermost ModuleList with most projection weights."""
+    best: list[str] = []
+    best_weights = 0
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or name.startswith(inside or "\0") or id(module) in exclude:
+            continue
+        inside += (f"{name}.",)
+        weights = sum(p.in_features * p.out_features * p.experts for p in _projections(module, name))
+        if weights > best_weights:
+            best, best_weights = [f"{name}.{entry}" for entry, _ in module.named_children()], weights
+    return best
+
+
+def _expert_count(module: nn.Module) -> int:
+    """How many experts a module holds, by its own count or as a list of like-typed children; 0 where it holds none."""
+    if isinstance(module, nn.ModuleList):
+        alike = len({type(child) for child in module}) == 1 and len(module) > 1
+        return len(module) if alike and any(True for _ in _projections(module[0], "")) else 0
+    stacked = any(p.dim() == 3 for p in module.parameters(recurse=False)) or any(map(_is_frozen, module.children()))
+    count = getattr(module, "num_experts", None)
+    return count if stacked and isinstance(count, int) and not _is_frozen(module) else 0
+
+
+def _routers(block: nn.Module, prefix: str) -> set[str]:
+    """Names of the projections beside experts that choose or weigh them: as many outputs as experts, or one.
+
+    Such a projection is the only one of its branch, which tells it from a shared expert of a like width.
+    """
+    routers: set[str] = set()
+    for name, module in block.named_modules(prefix=prefix):
+        children = dict(module.named_children())
+        counts = {child: _expert_count(sub) for child, sub in children.items()}
+        widths = {count for count in counts.values() if count}
+        if not widths:
+            continue
+        for child, sub in children.items():
+            branch = list(_projections(sub, f"{name}.{child}")) if not counts[child] else []
+            if len(branch) == 1 and branch[0].out_features in widths | {1}:
+                routers.add(branch[0].name)
+    return routers
+
+
+def _accessor(model: nn.Module, method: str) -> nn.Module | None:
+    """What one of transformers' accessors returns; None where the model has no such thing."""
+    try:
+        return getattr(model, method)()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def _tied(model: nn.Module, head: nn.Module | None, embeddings: nn.Module | None) -> bool:
+    """Whether head and embeddings are one tensor; where both are on meta, not joined yet, the config says so."""
+    if head is None or embeddings is None:
+        return False
+    mine, theirs = getattr(head, "weight", None), getattr(embeddings, "weight", None)
+    if mine is None or theirs is None:
+        return False
+    if mine is theirs:
+        return True
+    if not (mine.is_meta and theirs.is_meta):
+        return False
+    config = getattr(model, "config", None)
+    return bool(getattr(config, "tie_word_embeddings", False))
