@@ -45,7 +45,6 @@ class FullCopy(nn.Module):
         stored = [p.dtype for p in base.parameters() if p.is_floating_point()]
         # What is decoded computes in the dtype of its input, like the frozen layer it stands for.
         self.dtype = None if isinstance(base, FrozenWeight) or not stored else stored[0]
-        self.train(base.training)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module with the trained weights, or the stored one while disabled."""
@@ -130,7 +129,7 @@ def build_copies(
     model: nn.Module, structure: Structure, names: Sequence[str], dtype: torch.dtype
 ) -> dict[str, FullCopy]:
     """A `FullCopy` for each module, tied ones sharing their trained weight. The model itself is left as it is."""
-    copies = {name: FullCopy(model.get_submodule(name), dtype) for name in names}
+    copies = {name: FullCopy(model.get_submodule(name), dtype).train(model.training) for name in names}
     if structure.tied and structure.head in copies and structure.embeddings in copies:
         copies[structure.head].trained.weight = copies[structure.embeddings].trained.weight
     return copies

@@ -172,7 +172,8 @@ class WeightAdapter(Adapter):
                 # Drawn on the CPU in float32, so that a seed gives the same start on every device.
                 parameter.data = parameter.data.to(device=device, dtype=dtype)
                 parameter.requires_grad_(True)
-        return wrapped.train(base.training)
+        # A frozen module does not know the model's mode; dropout has to.
+        return wrapped.train(self.model.training)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Every tensor that trains, by its full name in the model; a tied one once."""
