@@ -16,20 +16,23 @@ import torch
 from torch import nn
 
 from finetune.adapters.base import Adapter
-from finetune.data.rows import TokenRows
+from finetune.data.batching import collate
+from finetune.data.rows import Batch, TokenRows
 from finetune.errors import RunError
 from finetune.training import checkpoint, state
 from finetune.training.config import OPTIMIZERS, OptimConfig, TrainConfig
 from finetune.training.group import Group
 from finetune.training.held_out import HeldOut, seed_processes
+from finetune.training.mode import training_mode
 from finetune.training.progress import Progress
 from finetune.training.protocols import Objective, Tracker, TrainResult
 from finetune.training.run_directory import RunDirectory, require_space
 from finetune.training.schedule import learning_rate
+from finetune.training.separation import needs_mask, with_mask
 from finetune.training.signals import StopSignals
 from finetune.training.state import Live, LoopState
 from finetune.training.step import Stepper, StepResult
-from finetune.training.window import Plan, Window
+from finetune.training.window import MicroBatch, Plan, Window
 
 
 def train(
@@ -76,12 +79,19 @@ def train(
     seed_processes(seed, group)
     plan = Plan(rows, config, packing=packing, max_length=max_length, seed=seed, world=group.world, rank=group.rank)
     held_out = HeldOut(model, eval_rows, objective, group, batch_size=config.batch_size, pad_id=pad_id)
-    stepper = Stepper(rows, objective, live, pad_id=pad_id, max_grad_norm=config.max_grad_norm)
+    by_mask = packing and needs_mask(model, rows, pad_id, group.device)
+
+    def batches(micro: MicroBatch) -> Batch:
+        batch = collate(rows, micro, pad_id).to(group.device)
+        return with_mask(batch, model) if by_mask else batch
+
+    stepper = Stepper(batches, objective, live, max_grad_norm=config.max_grad_norm)
     loop = _Loop(config, run, tracker, live, plan, stepper, held_out)
-    for line in (note, getattr(objective, "note", None)):
+    masked = f"{type(model).__name__} does not tell packed rows apart by their positions: an explicit mask does"
+    for line in (note, objective.note, masked if by_mask else None):
         if line:
             loop.note(line)
-    with run.phase("train"), _training_mode(model, config.gradient_checkpointing), StopSignals() as signals:
+    with run.phase("train"), training_mode(model, config.gradient_checkpointing), StopSignals() as signals:
         return loop.run(signals)
 
 
@@ -303,27 +313,3 @@ class _Loop:
             f"the weights of step {now.best_step} are kept: held-out loss {now.best_eval:.4f}, at the end {now.last_eval:.4f}"
         )
         return now.best_step
-
-
-@contextmanager
-def _training_mode(model: nn.Module, gradient_checkpointing: bool) -> Iterator[None]:
-    """Training mode, with activations recomputed where asked for; both undone at the end.
-
-    Raises:
-        RunError: where the model cannot recompute its activations.
-    """
-    enable: Any = getattr(model, "gradient_checkpointing_enable", None)
-    if gradient_checkpointing:
-        try:
-            # The reentrant kind gives no gradient to a block whose input needs none, which starves every adapter in it.
-            enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        except (TypeError, ValueError) as error:
-            raise RunError(f"train.gradient_checkpointing=true, but {type(model).__name__} cannot: {error}") from None
-    model.train()
-    try:
-        yield
-    finally:
-        model.eval()
-        if gradient_checkpointing:
-            disable: Any = model.gradient_checkpointing_disable
-            disable()

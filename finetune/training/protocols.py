@@ -12,7 +12,13 @@ from finetune.data.rows import Batch
 
 
 class Objective(Protocol):
-    """A loss as a sum, so that accumulation, packing and data parallelism normalize exactly."""
+    """A loss as a sum, so that accumulation, packing and data parallelism normalize exactly.
+
+    Attributes:
+        note: a line that the user should read, e.g. on what could not be computed the cheap way; None for none.
+    """
+
+    note: str | None
 
     def loss_sum(self, batch: Batch) -> tuple[Tensor, int]:
         """The summed loss over the learnt positions (float32 scalar with a graph) and their number."""
@@ -20,9 +26,15 @@ class Objective(Protocol):
 
 
 class Tracker(Protocol):
-    """Receives what a run reports. A tracker that fails never stops a run: it says so once and goes quiet."""
+    """Receives what a run reports. A tracker that fails never stops a run: it says so once and goes quiet.
+
+    Attributes:
+        run_id: the tracker's own name of the run, None where it has none.
+        note: where the run can be seen; None where there is nothing to say.
+    """
 
     run_id: str | None
+    note: str | None
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
         """One metrics line."""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from finetune.data.batching import collate
-from finetune.data.rows import Batch, TokenRows
+from finetune.data.rows import Batch
 from finetune.training.protocols import Objective
 from finetune.training.state import Live
 from finetune.training.window import MicroBatch, Window
@@ -41,18 +40,23 @@ class Stepper:
 
     The loss of a window is the sum over its learnt tokens divided by their number, over all micro-batches and processes
     together: N micro-batches equal one big batch, and ragged windows are exact.
+
+    Args:
+        batches: makes a micro-batch on the device.
+        max_grad_norm: gradients are scaled down to it; None never.
     """
 
     def __init__(
-        self, rows: TokenRows, objective: Objective, live: Live, *, pad_id: int, max_grad_norm: float | None
+        self,
+        batches: Callable[[MicroBatch], Batch],
+        objective: Objective,
+        live: Live,
+        *,
+        max_grad_norm: float | None,
     ) -> None:
-        self.rows, self.objective, self.live, self.pad_id = rows, objective, live, pad_id
+        self.batches, self.objective, self.live = batches, objective, live
         self.max_grad_norm = math.inf if max_grad_norm is None else max_grad_norm
         self._parameters: Sequence[nn.Parameter] = list(live.parameters.values())
-
-    def batch(self, micro: MicroBatch) -> Batch:
-        """A micro-batch on the device."""
-        return collate(self.rows, micro, self.pad_id).to(self.live.group.device)
 
     def take(self, window: Window, learning_rate: float, stop: bool) -> StepResult:
         """Learn from a window; where something is not finite, all processes leave the step out.
@@ -76,7 +80,8 @@ class Stepper:
         # An objective that counts something else than labelled tokens is normalised by what it counted.
         if count and count != window.learnt:
             self._multiply_gradients(max(1, window.learnt) / count)
-        if scaler.is_enabled():
+        has_gradients = any(parameter.grad is not None for parameter in self._parameters)
+        if scaler.is_enabled() and has_gradients:
             scaler.unscale_(optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
         grad_norm = float(norm)
@@ -85,7 +90,7 @@ class Stepper:
         if fault is None:
             nn.utils.clip_grads_with_norm_(self._parameters, self.max_grad_norm, norm)
             scaler.step(optimizer)
-        if scaler.is_enabled():
+        if scaler.is_enabled() and has_gradients:
             scaler.update()
         optimizer.zero_grad(set_to_none=True)
         return StepResult(total, int(count), grad_norm, fault, rescaled, asked > 0)
@@ -95,7 +100,7 @@ class Stepper:
         total = torch.zeros((), dtype=torch.float64, device=self.live.group.device)
         learnt = 0
         for micro in window.mine:
-            loss, count = self.objective.loss_sum(self.batch(micro))
+            loss, count = self.objective.loss_sum(self.batches(micro))
             if count:
                 self.live.scaler.scale(loss / max(1, window.learnt)).backward()
             total += loss.detach()

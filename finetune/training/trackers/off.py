@@ -21,6 +21,7 @@ class Off:
     """Takes everything and keeps nothing."""
 
     run_id: str | None = None
+    note: str | None = None
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
         """Nothing."""

@@ -1,0 +1,81 @@
+"""Do rows that share a packed sequence stay apart in this model? Found by trying, never assumed.
+
+transformers separates rows by positions that restart, but not every model listens to them (OPT builds its own); those
+get an explicit 4-D mask. Two questions decide: does another first row change what the model says in the second one (a
+leak changes it, whatever the dtype), and is it what the model says of the second row alone (wrong positions are not).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from finetune.data.batching import collate, packed_mask
+from finetune.data.rows import Batch, Row, TokenRows
+from finetune.errors import RunError
+
+LONGEST = 24
+"""Tokens of each probe row."""
+
+
+def with_mask(batch: Batch, model: nn.Module) -> Batch:
+    """A packed batch whose rows are kept apart by an explicit mask; any other batch as it is."""
+    if batch.attention_mask_BS is not None:
+        return batch
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    return replace(batch, attention_mask_BS=packed_mask(batch, embedding.weight.dtype))
+
+
+def needs_mask(model: nn.Module, rows: TokenRows, pad_id: int, device: torch.device) -> bool:
+    """Whether packed rows need an explicit mask to stay apart in this model. Leaves mode and random state alone.
+
+    Raises:
+        RunError: where they do not even then.
+    """
+    first, second = _probe_rows(rows)
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for masked in (False, True):
+                if _apart(model, first, second, pad_id, device, masked):
+                    return masked
+    finally:
+        model.train(training)
+    raise RunError(
+        f"data.packing=true, but {type(model).__name__} mixes the rows of a packed sequence: set it to false"
+    )
+
+
+def _probe_rows(rows: TokenRows) -> tuple[Row, Row]:
+    """Two short rows that differ in every place where that is possible."""
+    longest = rows[int(np.argmax(rows.lengths()))]
+    ids = longest.input_ids[:LONGEST]
+    first = Row(ids[::-1].copy(), ids[::-1].copy())
+    return first, Row(ids.copy(), ids.copy())
+
+
+def _apart(model: nn.Module, first: Row, second: Row, pad_id: int, device: torch.device, masked: bool) -> bool:
+    other = Row(np.roll(first.input_ids, 1), first.labels)
+    packed, changed = (_second(model, [row, second], pad_id, device, masked) for row in (first, other))
+    alone = _second(model, [second], pad_id, device, masked)
+    size = float(alone.abs().max()) or 1.0
+    eps = torch.finfo(alone.dtype).eps
+    # the same kernel on the same shapes gives the same bits; only mixtures of experts regroup their products
+    leak = float((packed - changed).abs().max()) > 16 * eps * size
+    # another shape may take another kernel: 16-bit attention then rounds differently by several units
+    differs = float((packed - alone).abs().max()) > max(1e-4, 32 * eps) * size
+    return not leak and not differs
+
+
+def _second(model: nn.Module, rows: list[Row], pad_id: int, device: torch.device, masked: bool) -> Tensor:
+    """The logits [S, V] of the last of some rows packed into one sequence."""
+    batch = collate(TokenRows.of(rows), [list(range(len(rows)))], pad_id).to(device)
+    if masked:
+        batch = with_mask(batch, model)
+    logits: Tensor = model(**batch.model_inputs()).logits[0, -len(rows[-1].input_ids) :]
+    return logits
