@@ -72,7 +72,8 @@ class Batch:
 
     Attributes:
         input_ids_BS, labels_BS, position_ids_BS: int64; labels are not shifted.
-        attention_mask_BS: 1 for real positions; None where rows are packed (positions restart at each row, which is what
+        attention_mask_BS: 1 for real positions; None where rows are packed (positions restart at each row, which is
+        what
             transformers separates rows by; a mask of ones would silently join them).
     """
 
@@ -84,25 +85,25 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on a device."""
         mask = None if self.attention_mask_BS is None else self.attention_mask_BS.to(device)
-        return Batch(
-            self.input_ids_BS.to(device), self.labels_BS.to(device), self.position_ids_BS.to(device), mask
-        )
+        return Batch(self.input_ids_BS.to(device), self.labels_BS.to(device), self.position_ids_BS.to(device), mask)
 
     def model_inputs(self) -> dict[str, Tensor | bool]:
         """Keyword arguments of a transformers model, without labels."""
         inputs: dict[str, Tensor | bool] = {
-            "input_ids": self.input_ids_BS, "position_ids": self.position_ids_BS, "use_cache": False
+            "input_ids": self.input_ids_BS,
+            "position_ids": self.position_ids_BS,
+            "use_cache": False,
         }
         if self.attention_mask_BS is not None:
             inputs["attention_mask"] = self.attention_mask_BS
         return inputs
 
     def target_tokens(self) -> int:
-        """How many positions are learnt: labels after the shift by one, where the next position belongs to the same row."""
+        """How many positions are learnt: labels after the shift by one, where the next position is of the same row."""
         return int((self.shifted_labels_BS() != IGNORE).sum())
 
     def shifted_labels_BS(self) -> Tensor:
-        """Labels moved one to the left: what position s has to predict; `IGNORE` at the end of every row, packed or not."""
+        """Labels moved one to the left: what position s has to predict; `IGNORE` at the end of every row."""
         shifted = torch.full_like(self.labels_BS, IGNORE)
         shifted[:, :-1] = self.labels_BS[:, 1:]
         starts = self.position_ids_BS[:, 1:] == 0

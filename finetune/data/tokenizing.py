@@ -1,0 +1,187 @@
+"""One side of the data, from sources to token rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from finetune.data.columns import describe, rename
+from finetune.data.config import DataConfig
+from finetune.data.conversation import BadRow, Conversation
+from finetune.data.formats import Format, recognise
+from finetune.data.lengths import fit
+from finetune.data.masking import Masker
+from finetune.data.report import SideReport
+from finetune.data.rows import Row, TokenRows
+from finetune.data.sources import Source
+from finetune.data.templates import ChatTemplate, Rendered, render
+from finetune.data.validation import Faults, check_turns
+
+_PEEK = 20
+"""Rows that a format is recognised from."""
+_CHUNK = 256
+"""Rows tokenized at once."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A conversation and where it stands."""
+
+    origin: str
+    conversation: Conversation
+
+
+@dataclass
+class Side:
+    """Token rows and, for each of them, what the split and the weights need to know.
+
+    Attributes:
+        rows: the tokens.
+        prompts, digests: of the conversation a row comes from, see `Conversation`.
+        weights: of its source.
+        examples: number of that conversation in the order of reading.
+        sources: number of its source.
+        report: what happened on the way.
+    """
+
+    rows: TokenRows
+    prompts: list[bytes] = field(default_factory=list)
+    digests: list[bytes] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    examples: list[int] = field(default_factory=list)
+    sources: list[int] = field(default_factory=list)
+    report: SideReport = field(default_factory=SideReport)
+
+
+def recognise_all(config: DataConfig, sources: list[Source]) -> list[Format]:
+    """The format of each source, from its first rows.
+
+    Raises:
+        DataError: when one has none that is known.
+    """
+    return [recognise(config, source.name, list(islice(source.read(), _PEEK))) for source in sources]
+
+
+def read_examples(
+    source: Source, form: Format, config: DataConfig, report: SideReport, faults: Faults
+) -> Iterator[Example]:
+    """A source's conversations; faulty rows are counted."""
+    for raw in source.read():
+        report.rows += 1
+        try:
+            if raw.fault is not None:
+                raise BadRow(raw.fault)
+            if not isinstance(raw.value, Mapping):
+                raise BadRow(f"is {describe(raw.value)}: expected an object with columns")
+            conversations = [check_turns(item) for item in form.convert(rename(raw.value, config.columns))]
+        except BadRow as bad:
+            faults.add(raw.origin, str(bad))
+            continue
+        report.examples += len(conversations)
+        for conversation in conversations:
+            yield Example(raw.origin, conversation)
+
+
+def tokenize_side(
+    key: str,
+    sources: list[Source],
+    forms: list[Format],
+    config: DataConfig,
+    tokenizer: Any,
+    template: ChatTemplate | None,
+    max_length: int,
+) -> Side:
+    """Read, check, render, tokenize, label and cut all rows of a side.
+
+    Args:
+        key: `data.train` or `data.eval`, in messages.
+        sources, forms: where the rows come from and what they are.
+        config: what to do with rows that do not fit.
+        tokenizer: a fast one.
+        template: of chats and instructions.
+        max_length: tokens a row.
+
+    Raises:
+        DataError: when too many rows are faulty, or none is left.
+    """
+    masker, faults, side = Masker(tokenizer), Faults(), Side(TokenRows.of([]))
+    collected: list[Row] = []
+    for number, (source, form) in enumerate(zip(sources, forms, strict=True)):
+        side.report.formats[source.name] = form.name
+        stream = read_examples(source, form, config, side.report, faults)
+        count = side.examples[-1] + 1 if side.examples else 0
+        while chunk := list(islice(stream, _CHUNK)):
+            for index, rows in _tokenize_chunk(chunk, config, masker, template, max_length, side.report, faults):
+                example = chunk[index].conversation
+                for row in rows:
+                    collected.append(row)
+                    side.prompts.append(example.prompt_digest())
+                    side.digests.append(example.digest())
+                    side.weights.append(source.weight)
+                    side.examples.append(count + index)
+                    side.sources.append(number)
+            count += len(chunk)
+    side.report.faulty, side.report.faults = faults.count, faults.shown
+    long = side.report.too_long
+    otherwise = (
+        f"{long} are longer than {max_length} tokens (data.max_length) and data.too_long={config.too_long}"
+        if long
+        else ""
+    )
+    faults.check(key, side.report.rows, len(collected), config.max_bad_fraction, otherwise)
+    side.rows = TokenRows.of(collected)
+    return side
+
+
+def _tokenize_chunk(
+    chunk: list[Example],
+    config: DataConfig,
+    masker: Masker,
+    template: ChatTemplate | None,
+    max_length: int,
+    report: SideReport,
+    faults: Faults,
+) -> Iterator[tuple[int, list[Row]]]:
+    """Place in the chunk and rows of each example that can be learnt from."""
+    rendered: list[Rendered] = []
+    places: list[int] = []
+    for index, example in enumerate(chunk):
+        try:
+            rendered.append(render(example.conversation, template, masker.tokenizer))
+            places.append(index)
+        except BadRow as bad:
+            faults.add(example.origin, str(bad))
+    for index, encoded in zip(places, masker.encode(rendered), strict=True):
+        origin = chunk[index].origin
+        if encoded.row is None:
+            faults.add(origin, encoded.fault)
+            continue
+        report.straddling += encoded.straddles
+        report.too_long += len(encoded.row.input_ids) > max_length
+        try:
+            yield index, fit(encoded.row, max_length, config.too_long, origin)
+        except BadRow as bad:
+            faults.add(origin, str(bad))
+
+
+def as_weighted(rows: TokenRows, indices: np.ndarray, weights: np.ndarray, seed: int) -> TokenRows:
+    """The rows at `indices`, each as often as its weight says: its whole part, and once more with the odds of the rest.
+
+    Args:
+        rows: to choose from.
+        indices: int64.
+        weights: of each index.
+        seed: of the draw.
+    """
+    draws = np.random.Generator(np.random.PCG64([seed, 1])).random(len(indices))
+    whole = np.floor(weights)
+    return take(rows, np.repeat(indices, (whole + (draws < weights - whole)).astype(np.int64)))
+
+
+def take(rows: TokenRows, indices: np.ndarray) -> TokenRows:
+    """The rows at `indices`, in that order."""
+    return TokenRows.of([rows[int(i)] for i in indices])
