@@ -100,6 +100,9 @@ class DenseLinear(_Dense, FrozenLinear):
 class DenseExperts(_Dense, FrozenExperts):
     """A frozen dense stack of expert projections. Its one state key is that of the parameter it stands for.
 
+    So the frozen model is saved under the names of the dense one. The reverse goes through the dense model: load, then
+    freeze; torch hands a child only keys that begin with its own name and a dot.
+
     Args:
         transposed: the parameter is [E, I, O].
     """
