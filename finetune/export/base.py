@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from finetune.adapters.base import Adapter
 from finetune.model.headers import StoredTensor
@@ -19,7 +18,7 @@ class ExportSource:
     """Everything a format may draw on.
 
     Attributes:
-        model: the adapted model, in memory.
+        model: the adapted transformers model, in memory.
         adapter: what is attached to it; None exports the base itself.
         tokenizer: a transformers tokenizer whose chat template is the one trained with.
         base_path: directory of the base checkpoint, or its hub id.
@@ -30,7 +29,7 @@ class ExportSource:
             out.
     """
 
-    model: nn.Module
+    model: Any
     adapter: Adapter | None
     tokenizer: Any
     base_path: str

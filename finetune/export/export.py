@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from finetune.data.rows import TokenRows
 from finetune.errors import UserError
@@ -60,7 +59,7 @@ def export(
     out.mkdir(parents=True, exist_ok=True)
     sweep(out)
     with tempfile.TemporaryDirectory(dir=out, prefix=TEMPORARY) as workspace:
-        vocabulary = int(source.model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
+        vocabulary = int(source.model.get_output_embeddings().weight.shape[0])
         panel = Panel.of(eval_rows, config.rows, vocabulary, pad_id)
         panel.save(Path(workspace) / "rows.safetensors")
         reference = reference_of(source, panel, Path(workspace) / "reference")
@@ -103,7 +102,7 @@ def _prove(trial: Trial, form: Format, written: Written, directory: Path, worksp
         "chats": trial.facts["asked"],
         "prompt": trial.panel.rows[0].input_ids[:PROMPT_TOKENS].tolist(),
         "new_tokens": NEW_TOKENS,
-        "trust_remote_code": bool(model.config.to_dict().get("auto_map")),  # type: ignore[operator]
+        "trust_remote_code": "auto_map" in model.config.to_dict(),
     }
     with parked(model) as (device, dtype):
         answer = ask(request | {"device": device, "dtype": dtype}, workspace)
@@ -152,7 +151,7 @@ def _short(value: Any) -> str:
 
 
 @contextlib.contextmanager
-def parked(model: nn.Module) -> Iterator[tuple[str, str]]:
+def parked(model: Any) -> Iterator[tuple[str, str]]:
     """Clear the accelerator for the client, and say which device and dtype it should use.
 
     On a CPU the client computes in float32, like the reference. On an accelerator the model waits in host memory

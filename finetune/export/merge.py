@@ -40,7 +40,7 @@ class Stock:
     projections: dict[str, Projection]
 
     @classmethod
-    def of(cls, model: nn.Module) -> Stock:
+    def of(cls, model: Any) -> Stock:
         """Build the stock model of a loaded one from its class and its configuration; costs no memory."""
         config = copy.deepcopy(model.config)
         if hasattr(config, "quantization_config"):

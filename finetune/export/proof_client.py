@@ -55,7 +55,8 @@ def load_causal_lm(request: dict[str, Any], path: str) -> Any:
     options: dict[str, Any] = {"dtype": getattr(torch, request["dtype"]), "device_map": {"": request["device"]}}
     if request.get("trust_remote_code"):
         options["trust_remote_code"] = True
-    model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+    found: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+    model, info = found
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(kind):
             raise SystemExit(f"{path}: {kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[:3]}")

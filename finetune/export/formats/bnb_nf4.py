@@ -65,7 +65,7 @@ def write(source: ExportSource, directory: Path) -> Written:
 
 
 def check(written: Written, stored: Sequence[StoredTensor]) -> str | None:
-    """A complaint unless every module that was to be quantized is there in packed bytes, `MOST_BITS` a weight at most."""
+    """A complaint unless every module that was to be quantized is in the file in at most `MOST_BITS` a weight."""
     codes = [tensor for tensor in stored if any(other.name == f"{tensor.name}.absmax" for other in stored)]
     if len(codes) != len(written.quantized):
         return f"{len(codes)} modules are packed in the file, {len(written.quantized)} were to be"

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from finetune.errors import UserError
 from finetune.adapters.peft_format import read_config
+from finetune.errors import UserError
 from finetune.export.adapter import write_adapter
 from finetune.export.base import ExportSource, Format, Written
 from finetune.quant.base import FrozenExperts, FrozenWeight
