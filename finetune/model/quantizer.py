@@ -260,7 +260,8 @@ def _head(model: nn.Module, structure: Structure) -> dict[str, Projection]:
 
 def _place(model: nn.Module, projection: Projection, frozen: FrozenWeight) -> None:
     """Exchange a module, or a 3-D parameter, for its frozen stand-in, which transformers must not initialize."""
-    frozen._is_hf_initialized = True  # type: ignore[assignment]
+    for piece in (frozen, *frozen.parameters()):  # some families initialize parameters by their names, deep below
+        piece._is_hf_initialized = True  # type: ignore[assignment]
     frozen.requires_grad_(False)
     parent, leaf = _owner(model, projection.name)
     if projection.kind == "experts":
