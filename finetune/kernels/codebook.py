@@ -6,6 +6,7 @@ A code is an index into its table; a decoded weight is `table[code] * absmax`, i
 from __future__ import annotations
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,15 +66,33 @@ def table(codebook: str, device: torch.device) -> Tensor:
         return (entries / entries.abs().max()).to(device)
 
 
-@cache
-def decision(codebook: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """What encoding needs: float32 midpoints [15] of the sorted values, and the code of each sorted value, uint8 [16].
+class Decision(NamedTuple):
+    """How a float32 value finds its code: by its upper 16 bits, and one comparison.
 
-    A value on a midpoint belongs to the lower neighbour.
+    Values that share their upper 16 bits (the key) have at most one midpoint of the table among them. So
+    `code = above[key] if value > threshold[key] else below[key]` is exact, and much faster than torch's binary search.
+
+    Attributes:
+        below, above: codes on either side, uint8 [65536].
+        threshold: the midpoint among the values of a key, infinity where there is none, float32 [65536].
     """
+
+    below: Tensor
+    above: Tensor
+    threshold: Tensor
+
+
+@cache
+def decision(codebook: str, device: torch.device) -> Decision:
+    """The nearest table entry for every float32; a value half way between two belongs to the lower one."""
     with torch.inference_mode(False):
         values, order = table(codebook, torch.device("cpu")).sort(stable=True)
-        return midpoints(values).to(device), order.to(torch.uint8).to(device)
+        mids, codes = midpoints(values), order.to(torch.uint8)
+        bits = torch.arange(65536, dtype=torch.int32) << 16
+        ends = torch.stack([bits, bits | 0xFFFF]).view(torch.float32)
+        first, last = (torch.bucketize(end, mids) for end in (ends.amin(dim=0), ends.amax(dim=0)))
+        threshold = torch.where(last > first, mids[first.clamp(max=mids.numel() - 1)], torch.inf)
+        return Decision(codes[first].to(device), codes[last].to(device), threshold.to(device))
 
 
 @cache

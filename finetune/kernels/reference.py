@@ -72,7 +72,6 @@ def encode_4bit(flat_N: Tensor, codebook: str, block_size: int, codes_P: Tensor,
 
 
 def _encode_piece(piece_N: Tensor, codebook: str, block_size: int, codes_P: Tensor, absmax_G: Tensor) -> None:
-    mid, order = books.decision(codebook, piece_N.device)
     whole, rest = divmod(piece_N.numel(), block_size)
     blocks = piece_N[: whole * block_size].view(whole, block_size)
     scale = blocks.abs().amax(dim=1)
@@ -85,8 +84,15 @@ def _encode_piece(piece_N: Tensor, codebook: str, block_size: int, codes_P: Tens
         unit = torch.cat([unit, (tail / tail_scale).clamp_(-1, 1)])
     if unit.numel() % 2:
         unit = torch.nn.functional.pad(unit, (0, 1))
-    codes = order[torch.bucketize(unit, mid, out_int32=True)]
+    codes = _nearest(unit, books.decision(codebook, unit.device))
     torch.bitwise_or(codes[::2] << 4, codes[1::2], out=codes_P[: codes.numel() // 2])
+
+
+def _nearest(unit_N: Tensor, decision: books.Decision) -> Tensor:
+    """The code of the table entry nearest to each value, uint8."""
+    key = unit_N.view(torch.int32).bitwise_right_shift(16).bitwise_and_(0xFFFF)
+    over = unit_N > decision.threshold.index_select(0, key)
+    return torch.where(over, decision.above.index_select(0, key), decision.below.index_select(0, key))
 
 
 def nest_absmax(absmax_G: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -47,8 +47,9 @@ def replace_projection(model: nn.Module, config: QuantConfig, projection: Projec
         frozen.store(weight.detach().T)
     else:
         frozen.store(weight.detach())
-    delattr(parent, leaf)
-    setattr(parent, leaf, frozen)
+    if projection.kind == "experts":
+        delattr(parent, leaf)
+    setattr(parent, leaf, frozen)  # over a module: in place, so that the order of modules stays
 
 
 def empty_frozen(

@@ -38,6 +38,22 @@ def test_fp4_levels_are_those_of_a_float_with_two_exponent_bits() -> None:
 
 
 @pytest.mark.parametrize("name", books.CODEBOOKS)
+def test_decisions_are_a_binary_search_over_the_midpoints(name: str) -> None:
+    """On every midpoint, its neighbours among float32, and each end of every key of 16 bits."""
+    values, order = books.table(name, CPU).sort(stable=True)
+    mids = books.midpoints(values)
+    below, above, threshold = books.decision(name, CPU)
+    bits = torch.arange(65536, dtype=torch.int32) << 16
+    ends = torch.cat([bits, bits | 0xFFFF]).view(torch.float32)
+    far = torch.tensor(2.0)
+    near = torch.cat([mids, torch.nextafter(mids, far), torch.nextafter(mids, -far)])
+    x = torch.cat([ends[ends.isfinite()], near, values])
+    key = (x.view(torch.int32) >> 16) & 0xFFFF
+    found = torch.where(x > threshold[key], above[key], below[key])
+    assert torch.equal(found, order[torch.bucketize(x, mids)].to(torch.uint8))
+
+
+@pytest.mark.parametrize("name", books.CODEBOOKS)
 def test_pair_table_is_high_nibble_first(name: str) -> None:
     pairs = books.pair_table(name, CPU).view(torch.float32).view(256, 2)
     values = books.table(name, CPU)
