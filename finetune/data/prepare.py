@@ -20,7 +20,7 @@ from finetune.data.sources import PYDOCS, Source, resolve
 from finetune.data.split import held_out
 from finetune.data.templates import ChatTemplate, choose_template
 from finetune.data.tokenizing import Side, as_weighted, read_examples, recognise_all, take, tokenize_side
-from finetune.data.validation import Faults, check_turns
+from finetune.data.validation import Faults
 from finetune.errors import DataError
 
 __all__ = ["DataReport", "Prepared", "Sample", "prepare"]
@@ -173,7 +173,7 @@ def _samples(plan: _Plan, side: Side, own: Side | None, held: list[int]) -> list
         for source, form in zip(sources, forms, strict=True):
             for example in read_examples(source, form, plan.config, SideReport(), Faults()):
                 if number in chosen:
-                    samples.append(sample(check_turns(example.conversation), plan.template, plan.tokenizer))
+                    samples.append(sample(example.conversation, plan.template, plan.tokenizer))
                 number += 1
     return [item for item in samples if item.prompt_ids and len(item.prompt_ids) < plan.max_length]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -142,6 +143,7 @@ def _one(name: str, key: str, weight: float, side: Literal["train", "eval"]) -> 
     raise missing(path, key)
 
 
+@functools.cache
 def _hub_dataset(name: str, key: str) -> Any:
     """A dataset of the Hugging Face hub: `owner/name`, `owner/name:split` or `owner/name:config:split`."""
     import datasets

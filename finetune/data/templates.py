@@ -195,10 +195,13 @@ def render(conversation: Conversation, template: ChatTemplate | None, tokenizer:
     write = _writer(template, tokenizer, list(conversation.tools) if template.reads("tools") else None)
     text = write(messages, False)
     for number, message in enumerate(messages, 1):
-        if message["content"].strip() not in text:
+        content = message["content"].strip()  # a template may strip it, or write it as JSON
+        if not any(form in text for form in (content, json.dumps(content, ensure_ascii=False)[1:-1])):
             raise BadRow(f"the chat template leaves out turn {number} ({message['role']})")
-    marks = _marked_spans(template, tokenizer, messages, conversation) if template.has_generation_marks else None
-    spans = marks if marks is not None else _answer_spans(write, text, messages, learnt)
+    if template.has_generation_marks:
+        spans = _marked_spans(template, tokenizer, messages, conversation)
+    else:
+        spans = _answer_spans(write, text, messages, learnt)
     said = messages[learnt.index(True)]["content"] or json.dumps([dict(call) for call in answer.calls])
     return Rendered(text, tuple(_without_tail(text, span, tokenizer) for span in spans), said, templated=True)
 
@@ -255,9 +258,10 @@ def _marked_spans(
         return_assistant_tokens_mask=True, **tokenizer.special_tokens_map,
     )  # fmt: skip
     spans = [(start, end) for start, end in rendered[1][0] if end > start]
-    if not spans:
-        raise BadRow("nothing to learn: the chat template marks nothing with {% generation %}")
-    return spans
+    answers = [turn.learn for turn in conversation.turns if turn.role == "assistant"]
+    if len(spans) != len(answers):
+        raise BadRow(f"the chat template marks {len(spans)} of {len(answers)} answers with {{% generation %}}")
+    return [span for span, learn in zip(spans, answers, strict=True) if learn]
 
 
 def _without_tail(text: str, span: tuple[int, int], tokenizer: Any) -> tuple[int, int]:

@@ -110,10 +110,10 @@ def tokenize_side(
     """
     masker, faults, side = Masker(tokenizer), Faults(), Side(TokenRows.of([]))
     collected: list[Row] = []
+    count = 0
     for number, (source, form) in enumerate(zip(sources, forms, strict=True)):
         side.report.formats[source.name] = form.name
         stream = read_examples(source, form, config, side.report, faults)
-        count = side.examples[-1] + 1 if side.examples else 0
         while chunk := list(islice(stream, _CHUNK)):
             for index, rows in _tokenize_chunk(chunk, config, masker, template, max_length, side.report, faults):
                 example = chunk[index].conversation
