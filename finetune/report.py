@@ -34,7 +34,8 @@ h1 { margin: 0; font-size: 1.6rem; } h2 { margin: 2.5rem 0 .75rem; font-size: 1.
 .charts { grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); }
 .card, figure, .sample { background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
 .card, figure, .sample { padding: .75rem 1rem; }
-.card b { display: block; font-size: 1.25rem; font-variant-numeric: tabular-nums; } .card span { color: var(--faint); }
+.card b { display: block; font-size: 1.2rem; white-space: nowrap; font-variant-numeric: tabular-nums; }
+.card span { color: var(--faint); }
 figure { margin: 0; } figcaption { font-weight: 600; display: flex; justify-content: space-between; gap: 1rem; }
 .key { font-weight: 400; color: var(--faint); } .key i { font-style: normal; font-weight: 700; }
 svg { width: 100%; height: auto; display: block; } svg text { fill: var(--faint); font-size: 11px; }
@@ -143,7 +144,7 @@ def _figures(record: dict[str, Any], proofs: list[dict[str, Any]]) -> list[tuple
     phases = [phase for phase in (record.get("phases") or {}).values() if isinstance(phase, dict)]
     figures: list[tuple[str, str]] = []
     if _number(first) and _number(best):
-        figures.append(("held-out loss, nats per token", f"{first:.3f} → {best:.3f}"))
+        figures.append(("held-out loss, nats per token", f"{first:.2f} → {best:.2f}"))
         figures.append(("lower than the untuned base", f"{1 - best / first:.1%}"))
     if _number(record.get("steps")):
         figures.append(("optimizer steps", f"{record['steps']:,}"))
@@ -200,8 +201,9 @@ def _chart(title: str, unit: str, curves: list[Curve]) -> str:
         return ""
     xs = [x for curve in curves for x, _ in curve.points]
     ys = [y for curve in curves for _, y in curve.points]
-    x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(min(ys), max(ys))
-    (left, right), (low, high) = _span(xs, []), _span(ys, y_ticks)
+    y_ticks = ticks(min(ys), max(ys), outer=True)
+    (left, right), (low, high) = _span(xs), _span(y_ticks)
+    x_ticks = ticks(left, right) if len(set(xs)) > 1 else [left + (right - left) / 2]
 
     def place(x: float, y: float) -> tuple[float, float]:
         across = LEFT + (x - left) / (right - left) * (WIDTH - LEFT - RIGHT)
@@ -239,23 +241,27 @@ def _line(curve: Curve, number: int, place: Any) -> str:
     return f'<polyline class="curve s{number}" points="{path}"/>' + (dots if len(placed) <= 40 else "")
 
 
-def _span(values: Iterable[float], marks: Iterable[float]) -> tuple[float, float]:
-    """From the least to the greatest of values and marks; widened where they are one."""
-    every = [*values, *marks]
+def _span(values: Iterable[float]) -> tuple[float, float]:
+    """From the least to the greatest; widened where they are one."""
+    every = list(values)
     low, high = min(every), max(every)
     return (low, high) if high > low else (low - 0.5 * (abs(low) or 1), high + 0.5 * (abs(high) or 1))
 
 
-def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers (1, 2 or 5 times a power of ten apart) within [low, high], about so many; at least one."""
+def ticks(low: float, high: float, about: int = 5, outer: bool = False) -> list[float]:
+    """Round numbers (1, 2 or 5 times a power of ten apart), about so many, within [low, high] or (`outer`) around it.
+
+    Where low is high there is one, that very number.
+    """
     if not high > low:
         return [low]
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * m for m in (1, 2, 5, 10) if power * m >= rough)
-    first = math.ceil(low / step - 1e-9)
-    count = math.floor(high / step + 1e-9) - first
-    return [(first + k) * step for k in range(count + 1)]
+    step = next(power * m for m in (1, 2, 5, 10) if power * m >= rough * (1 - 1e-9))
+    first, last = low / step, high / step
+    begin = math.floor(first + 1e-9) if outer else math.ceil(first - 1e-9)
+    end = math.ceil(last - 1e-9) if outer else math.floor(last + 1e-9)
+    return [number * step for number in range(begin, end + 1)]
 
 
 def tick_label(value: float, marks: Sequence[float]) -> str:
@@ -320,31 +326,33 @@ def _samples(text: str) -> str:
     return "".join(blocks)
 
 
-PROOF_COLUMNS = (
-    ("format", "format", ""), ("size, MB", "bytes", ".1f"), ("bits per weight", "bits_per_weight", ".2f"),
-    ("KL mean, nats", "kl_mean", ".2g"), ("KL p99", "kl_p99", ".2g"), ("same top token", "top1_agreement", ".1%"),
-    ("loss of base", "loss_base", ".4f"), ("trained", "loss_trained", ".4f"), ("export", "loss_export", ".4f"),
-    ("improvement kept", "retained", ".2%"),
+PROOF_ROWS = (
+    ("opened by", "runtime", ""), ("size, MB", "bytes", ".1f"), ("bits per weight", "bits_per_weight", ".2f"),
+    ("KL from the unmerged model, mean, nats per token", "kl_mean", ".2g"), ("KL, 99th percentile", "kl_p99", ".2g"),
+    ("same likeliest token", "top1_agreement", ".1%"), ("held-out loss of the base", "loss_base", ".4f"),
+    ("held-out loss after training", "loss_trained", ".4f"), ("held-out loss of the export", "loss_export", ".4f"),
+    ("improvement kept", "retained", ".2%"), ("rows", "rows", ",d"), ("learnt tokens", "tokens", ",d"),
 )  # fmt: skip
 
 
 def _proofs(proofs: list[dict[str, Any]]) -> str:
+    """A column a format, its verdict on top."""
     if not proofs:
         return ""
-    rows = []
+    verdicts = []
     for proof in proofs:
-        values = proof | {"bytes": (proof.get("bytes") or 0) / 1e6}
-        cells = [
-            format(values[key], form) if form and _number(values.get(key)) else escape(str(values.get(key) or "-"))
-            for _, key, form in PROOF_COLUMNS
-        ]
-        verdict = '<b class="good">passed</b>' if proof.get("passed") else '<b class="bad">failed</b>'
-        why = f"<br>{escape(str(proof['reason']))}" if proof.get("reason") else ""
-        rows.append([*cells, f"{verdict}{why}", escape(str(proof.get("runtime", "")))])
-    head = [*(title for title, _, _ in PROOF_COLUMNS), "proof", "opened by"]
-    tokens = {f"{p.get('tokens', 0):,} learnt tokens in {p.get('rows', 0):,} rows" for p in proofs if p.get("rows")}
-    held_out = f"Held out: {'; '.join(sorted(tokens))}. KL is from the unmerged model." if tokens else ""
-    return f'{_table(head, rows, range(1, 10))}<p class="sub">{escape(held_out)}</p>'
+        word = '<b class="good">passed</b>' if proof.get("passed") else '<b class="bad">failed</b>'
+        verdicts.append(word + (f": {escape(str(proof['reason']))}" if proof.get("reason") else ""))
+    rows = [("proof", *verdicts)]
+    for title, key, form in PROOF_ROWS:
+        rows.append((title, *(_cell(proof.get(key), key, form) for proof in proofs)))
+    return _table(("", *(escape(str(proof.get("format"))) for proof in proofs)), rows)
+
+
+def _cell(value: Any, key: str, form: str) -> str:
+    if form and _number(value):
+        return format(value / 1e6 if key == "bytes" else value, form)
+    return escape("-" if value is None else str(value))
 
 
 def _notes(notes: Sequence[Any]) -> str:
