@@ -177,7 +177,7 @@ def agreed(
     if config.targets != default.targets and choose(model, structure, config) != plan:
         leaves = ", ".join(sorted({p.leaf for p in plan}))
         raise ConfigError(
-            f"adapter.targets is {list(config.targets)}, but {where} adapts others ({leaves}): leave adapter.targets out"
+            f"adapter.targets is {list(config.targets)}, but {where} adapts others ({leaves}): leave it out"
         )
     whole = resolve_modules(model, structure, saved.modules_to_save)
     if config.train_also and resolve_modules(model, structure, config.train_also) != whole:

@@ -27,7 +27,7 @@ LISTED = 5
 
 def write(directory: Path, parameters: Mapping[str, nn.Parameter], config: Mapping[str, Any]) -> None:
     """Write the two files. Tensors that several keys share are written once a key, as safetensors demands."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     seen: set[int] = set()
     tensors = {}
@@ -36,7 +36,8 @@ def write(directory: Path, parameters: Mapping[str, nn.Parameter], config: Mappi
         tensors[key] = tensor.clone() if id(parameter) in seen else tensor
         seen.add(id(parameter))
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    # Not save_file: it makes a file that its owner alone can read, whatever the umask.
+    (directory / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
     (directory / CONFIG).write_text(json.dumps(dict(config), indent=2, sort_keys=True) + "\n", "utf-8")
 
 
@@ -183,7 +184,7 @@ def targeted(name: str, targets: str | Sequence[str] | None, patterns: Mapping[s
         return False
     if not isinstance(excluded, str) and ends(name, excluded):
         return False
-    if any(re.match(rf"(^|.*\.){module}($|\..*)", name) for module in patterns.get("modules_to_save") or []):
+    if any(re.match(rf"(^|.*\.){re.escape(module)}($|\..*)", name) for module in patterns.get("modules_to_save") or []):
         return False
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None

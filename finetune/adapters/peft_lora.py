@@ -5,7 +5,9 @@ Settings that we do not honour are refused by name, also those that a later PEFT
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,14 +95,10 @@ def read_saved(directory: Path) -> Saved:
     if peft_format.method_of(config) != "LORA":
         raise ModelError(f"{path} is of method {peft_format.method_of(config)}: expected LORA")
     _refuse_unknown(config, path)
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise ModelError(f"{path}: r is {rank!r}: expected a rank of at least 1")
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool):
-        raise ModelError(f"{path}: lora_alpha is {alpha!r}: expected a number")
+    _check_types(config, path)
     return Saved(
-        rank=rank,
-        alpha=float(alpha),
+        rank=config["r"],
+        alpha=float(config["lora_alpha"]),
         rslora=bool(config.get("use_rslora")),
         target_modules=config.get("target_modules") or (),
         target_parameters=config.get("target_parameters") or (),
@@ -109,6 +107,52 @@ def read_saved(directory: Path) -> Saved:
         alpha_pattern=config.get("alpha_pattern") or {},
         settings=config,
     )
+
+
+def _check_types(config: dict[str, Any], path: Path) -> None:
+    """A file from elsewhere may hold anything; what we go by must be of the types that PEFT writes."""
+
+    def names(value: Any) -> bool:
+        return value is None or (isinstance(value, list) and all(isinstance(name, str) and name for name in value))
+
+    def pattern(value: Any) -> bool:
+        return names(value) or (isinstance(value, str) and _compiles(value))
+
+    def number(value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and value > 0 and math.isfinite(value)
+
+    def rank(value: Any) -> bool:
+        return number(value) and isinstance(value, int)
+
+    def layers(value: Any) -> bool:
+        many = value if isinstance(value, list) else [value]
+        return value is None or all(isinstance(layer, int) and not isinstance(layer, bool) for layer in many)
+
+    def by_name(value: Any, right: Callable[[Any], bool]) -> bool:
+        return value is None or (isinstance(value, dict) and all(_compiles(k) and right(v) for k, v in value.items()))
+
+    rules: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "r": (rank, "a rank of at least 1"),
+        "lora_alpha": (number, "a number above 0"),
+        "target_modules": (pattern, "a list of names or a regular expression"),
+        "exclude_modules": (pattern, "a list of names or a regular expression"),
+        "target_parameters": (names, "a list of names"),
+        "modules_to_save": (names, "a list of names"),
+        "layers_to_transform": (layers, "layer numbers"),
+        "rank_pattern": (lambda value: by_name(value, rank), "ranks by name"),
+        "alpha_pattern": (lambda value: by_name(value, number), "numbers by name"),
+    }
+    for key, (right, expected) in rules.items():
+        if not right(config.get(key)):
+            raise ModelError(f"{path}: {key} is {config.get(key)!r}: expected {expected}")
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
 
 
 def _refuse_unknown(config: dict[str, Any], path: Path) -> None:

@@ -18,17 +18,29 @@ FILE = "finetune.json"
 
 
 def write_provenance(
-    directory: Path, digests: Mapping[str, Any], *, method: str = "lora", base: str | None = None
+    directory: Path,
+    digests: Mapping[str, Any],
+    *,
+    method: str,
+    base: str | None = None,
+    quantization: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write finetune.json into the directory of an adapter.
 
     Args:
         directory: where the adapter was saved.
-        digests: of `base` (the weights as they came from the checkpoint), `tokenizer`, `chat_template`, `quantization`.
+        digests: of `base` (the weights as the checkpoint has them), `tokenizer`, `chat_template` and `quantization`.
         method: `name` of the adapter's config.
         base: path or hub id of the base, for people to read.
+        quantization: the settings behind that digest, for people to read.
     """
-    document = {"format_version": FORMAT_VERSION, "method": method, "base": base, "digests": dict(digests)}
+    document = {
+        "format_version": FORMAT_VERSION,
+        "method": method,
+        "base": base,
+        "quantization": None if quantization is None else dict(quantization),
+        "digests": dict(digests),
+    }
     path = directory / FILE
     path.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", "utf-8")
     return path
@@ -55,7 +67,13 @@ def read_provenance(directory: Path) -> dict[str, Any] | None:
     return document
 
 
-def check_provenance(directory: Path, digests: Mapping[str, Any], allow_other_quant: bool = False) -> list[str]:
+def check_provenance(
+    directory: Path,
+    digests: Mapping[str, Any],
+    allow_other_quant: bool = False,
+    *,
+    quantization: Mapping[str, Any] | None = None,
+) -> list[str]:
     """Compare what an adapter was trained on with what is loaded now.
 
     A digest that either side lacks is not compared.
@@ -64,9 +82,10 @@ def check_provenance(directory: Path, digests: Mapping[str, Any], allow_other_qu
         directory: of the saved adapter.
         digests: of what is loaded now, with the keys of `write_provenance`.
         allow_other_quant: accept the same weights quantized otherwise.
+        quantization: the settings in force now, to name the difference.
 
     Returns:
-        Lines that the user should read: no provenance, another tokenizer, template or (where allowed) quantization.
+        Lines that the user should read: no provenance; another tokenizer, template or (where allowed) quantization.
 
     Raises:
         ModelError: for other weights, or another quantization that was not allowed.
@@ -75,30 +94,44 @@ def check_provenance(directory: Path, digests: Mapping[str, Any], allow_other_qu
     if document is None:
         return [f"{directory} has no {FILE}: nothing says which base the adapter was trained on; loaded as it is"]
     trained: dict[str, Any] = document["digests"]
-    different = [
-        key
-        for key in trained
-        if key in digests and None not in (trained[key], digests[key]) and trained[key] != digests[key]
-    ]
+    shared = [key for key in trained if trained[key] is not None and digests.get(key) is not None]
+    different = [key for key in shared if trained[key] != digests[key]]
     if "base" in different:
         where = f" ({document['base']})" if document.get("base") else ""
         raise ModelError(
-            f"adapter {directory} was trained on other weights: base {_short(trained['base'])}{where},"
-            f" loaded {_short(digests['base'])}; set model.path to the base it was trained on"
+            f"adapter {directory} was trained on other weights: base {_short(trained['base'])}{where}, loaded"
+            f" {_short(digests['base'])}; set model.path to the base it was trained on"
         )
-    if "quantization" in different and not allow_other_quant:
-        raise ModelError(
-            f"adapter {directory} was trained on the same weights quantized otherwise:"
-            f" {_short(trained['quantization'])}, loaded {_short(digests['quantization'])};"
-            f" set the same quant, or adapter.allow_other_quant=true"
-        )
-    return [
-        f"adapter {directory} was trained with another {key.replace('_', ' ')}: {_short(trained[key])},"
-        f" loaded {_short(digests[key])}"
+    lines = [
+        f"adapter {directory} was trained with another {key.replace('_', ' ')}:"
+        f" {_difference(trained[key], digests[key], *_settings(key, document, quantization))}"
         for key in different
     ]
+    if "quantization" in different and not allow_other_quant:
+        line = lines[different.index("quantization")]
+        raise ModelError(f"{line}; set quant as it was, or adapter.allow_other_quant=true")
+    return lines
+
+
+def _settings(
+    key: str, document: Mapping[str, Any], now: Mapping[str, Any] | None
+) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """The settings behind a digest, then and now, where both are known."""
+    before = document.get("quantization")
+    if key != "quantization" or not isinstance(before, dict) or now is None:
+        return {}, {}
+    return before, now
+
+
+def _difference(before: Any, now: Any, settings: Mapping[str, Any], settings_now: Mapping[str, Any]) -> str:
+    """The settings that differ where they are known, else the digests."""
+    keys = [k for k in sorted({*settings, *settings_now}) if settings.get(k) != settings_now.get(k)]
+    if not keys:
+        return f"{_short(before)}, loaded {_short(now)}"
+    then, loaded = (", ".join(f"{k}={s.get(k)}" for k in keys) for s in (settings, settings_now))
+    return f"{then}; loaded {loaded}"
 
 
 def _short(digest: Any) -> str:
-    """Enough of a digest for a person to compare; settings are shown whole."""
-    return digest[:12] if isinstance(digest, str) and len(digest) > 40 and " " not in digest else str(digest)
+    """Enough of a digest for a person to compare."""
+    return str(digest)[:12]
