@@ -73,7 +73,9 @@ def check_directory(directory: Path) -> list[Header]:
     Raises:
         ModelError: naming the file and what is wrong with it.
     """
-    config = read_json(directory / "config.json", f"{directory} is not a model: it has no config.json")
+    adapter = (directory / "adapter_config.json").exists()
+    hint = "; it holds an adapter: name it with adapter.path, and its base with model.path" if adapter else ""
+    config = read_json(directory / "config.json", f"{directory} is not a model: it has no config.json{hint}")
     if not config.get("model_type") and not config.get("architectures"):
         raise ModelError(
             f"{directory / 'config.json'} names no model_type: expected the config.json of a transformers model"
@@ -86,25 +88,19 @@ def check_directory(directory: Path) -> list[Header]:
 
 
 def shards(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, those of the index where there is one, all inside the directory.
+    """The safetensors files of a checkpoint, the one transformers would take or those of the index, all inside.
 
     Raises:
         ModelError: for pickle-only weights, no weights, an index that names a file outside, and missing shards or
             tensors.
     """
-    index = directory / INDEX
+    index, single = directory / INDEX, directory / SINGLE
+    if single.exists() or single.is_symlink():
+        return [_inside(directory, SINGLE, "the directory")]
     if not index.exists():
-        single = directory / SINGLE
-        if not single.exists():
-            raise ModelError(_no_weights(directory))
-        _check_inside(directory, single, "the directory")
-        return [single]
+        raise ModelError(_no_weights(directory))
     weight_map = read_json(index, f"{index} is missing").get("weight_map")
-    if (
-        not isinstance(weight_map, dict)
-        or not all(isinstance(file, str) for file in weight_map.values())
-        or not weight_map
-    ):
+    if not isinstance(weight_map, dict) or not {type(file) for file in weight_map.values()} == {str}:
         raise ModelError(f"{index} has no weight_map: expected a JSON object from tensor names to file names")
     paths: list[Path] = []
     for file in dict.fromkeys(weight_map.values()):
@@ -112,18 +108,14 @@ def shards(directory: Path) -> list[Path]:
             raise ModelError(f"{index} names {file!r}, which is outside its directory: refused")
         if not file.endswith(".safetensors"):
             raise ModelError(f"{index} names {file!r}: expected safetensors files only")
-        path = directory / file
-        _check_inside(directory, path, str(index))
-        if not path.exists():
-            raise ModelError(f"{directory} lacks the shard {file}, which {INDEX} names: fetch it again")
-        paths.append(path)
+        paths.append(_inside(directory, file, INDEX))
     return paths
 
 
 def _check_index(directory: Path, headers: list[Header]) -> None:
     """Every tensor that the index promises is in the shard it promises; else a ModelError names the first."""
     index = directory / INDEX
-    if not index.exists():
+    if not index.exists() or (directory / SINGLE).exists():
         return
     held = {(header.path, tensor.name) for header in headers for tensor in header.tensors}
     for name, file in read_json(index, f"{index} is missing")["weight_map"].items():
@@ -141,6 +133,8 @@ def read_json(path: Path, missing: str) -> dict[str, Any]:
         raw = path.read_bytes()
     except FileNotFoundError as error:
         raise ModelError(missing) from error
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}") from error
     if raw.startswith(LFS_START):
         raise ModelError(f"{path} is a Git LFS pointer: run `git lfs pull` in that directory")
     try:
@@ -157,7 +151,7 @@ def _no_weights(directory: Path) -> str:
     found = sorted(
         entry.name for entry in directory.iterdir() if entry.suffix in (*PICKLES, ".gguf", ".h5", ".msgpack")
     )
-    pickles = [name for name in found if name.endswith(PICKLES)]
+    pickles = sorted((name for name in found if name.endswith(PICKLES)), key=lambda name: "model" not in name)
     if pickles:
         return (
             f"{directory} has only pickle weights ({pickles[0]}), which run code when they are read: refused; "
@@ -167,12 +161,15 @@ def _no_weights(directory: Path) -> str:
     return f"{directory} has no weights: expected {SINGLE} or {INDEX}{also}"
 
 
-def _check_inside(directory: Path, path: Path, who: str) -> None:
-    """Refuse a file whose links lead outside its directory; the hub's cache links within its own repository."""
-    root = directory.resolve()
+def _inside(directory: Path, name: str, who: str) -> Path:
+    """A weight file that exists and whose links stay in its directory; the hub's cache links within its repository."""
+    path, root = directory / name, directory.resolve()
     snapshots = root.parent
     if snapshots.name == "snapshots" and (snapshots.parent / "blobs").is_dir():
         root = snapshots.parent
     target = Path(os.path.realpath(path))
     if not target.is_relative_to(root):
-        raise ModelError(f"{who} leads through {path.name} to {target}, which is outside {directory}: refused")
+        raise ModelError(f"{path} is a link to {target}, which is outside its directory: refused")
+    if not path.is_file():
+        raise ModelError(f"{directory} lacks the shard {name}, which {who} names: fetch it again")
+    return path

@@ -59,6 +59,14 @@ def read_header(path: Path) -> Header:
         ModelError: for a Git LFS pointer, a truncated file, a header that is too large or no JSON, a tensor without
             sense, and ranges that overlap, leave holes or reach beyond the file.
     """
+    try:
+        return _read(path)
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _read(path: Path) -> Header:
+    """Read and judge a header, letting errors of the system through."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(max(8, len(LFS_START)))

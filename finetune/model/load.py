@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.errors import ModelError, nearest
 from finetune.model.check import check_directory, check_path, read_json
 from finetune.model.config import ModelConfig
 
@@ -78,7 +73,7 @@ def load(model: ModelConfig, quant: QuantConfig, dtype: torch.dtype, device: str
     Raises:
         ModelError: for anything about the checkpoint that the user can mend.
     """
-    from finetune.model import bnb_format, digest
+    from finetune.model import bnb_format, digest, pretrained
     from finetune.model.describe import storage_notes
     from finetune.model.hub import fetch
 
@@ -86,23 +81,24 @@ def load(model: ModelConfig, quant: QuantConfig, dtype: torch.dtype, device: str
     headers = check_directory(directory)
     stored, packed = bnb_format.stored_settings(read_json(directory / "config.json", ""), headers, str(directory))
     settings = _settings(quant, stored, str(directory))
-    config = _config(directory, model)
-    tokenizer = _tokenizer(directory, model)
+    config = pretrained.read_config(directory, model)
+    tokenizer = pretrained.read_tokenizer(directory, model)
+    loading = pretrained.Loading(settings, dtype, packed if stored is not None else None)
     with ThreadPoolExecutor(1) as pool:
         base = pool.submit(digest.base_digest, headers)
-        loaded, quantization_config = _weights(
-            directory, config, model, settings, packed if stored else None, dtype, device
-        )
+        loaded = pretrained.read_model(directory, config, model, loading, device)
         digests = {
             "base": base.result(),
             "tokenizer": digest.tokenizer_digest(tokenizer),
             "chat_template": digest.json_digest(getattr(tokenizer, "chat_template", None)),
             "quantization": digest.json_digest(asdict(settings)),
         }
-    notes = storage_notes(loaded, DENSE_SHARE) if quantization_config is not None else []
-    rows = loaded.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    if len(tokenizer) > rows:
-        surplus = len(tokenizer) - rows
+    quantization_config = bnb_format.quantization_config(settings, dtype, loading.kept)
+    notes = list(loading.notes)
+    if quantization_config is not None:
+        notes += storage_notes(loaded, DENSE_SHARE)
+    surplus = len(tokenizer) - loaded.get_input_embeddings().weight.shape[0]
+    if surplus > 0:
         notes.append(f"the tokenizer has {surplus} tokens more than the embeddings have rows: data must not use them")
     base_path = str(directory) if model.path == "embedded" else model.path
     return Loaded(loaded, tokenizer, digests, base_path, quantization_config, notes, settings)
@@ -115,8 +111,9 @@ def context_length(model: ModelConfig) -> int:
         ModelError: where the configuration cannot be read.
     """
     from finetune.model.hub import fetch
+    from finetune.model.pretrained import read_config
 
-    config = _config(fetch(model, weights=False), model).get_text_config()
+    config = read_config(fetch(model, weights=False), model).get_text_config()
     for key in POSITIONS:
         value = getattr(config, key, None)
         if isinstance(value, int) and value > 0:
@@ -135,137 +132,3 @@ def _settings(quant: QuantConfig, stored: QuantConfig | None, where: str) -> Qua
     if stored is not None:
         agree(quant, stored, where)
     return quant
-
-
-def _config(directory: Path, model: ModelConfig) -> Any:
-    """The configuration as transformers reads it; Python that comes with the checkpoint only where asked for."""
-    from transformers import AutoConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    raw = read_json(directory / "config.json", f"{directory} is not a model: it has no config.json")
-    kind = raw.get("model_type")
-    native = kind in CONFIG_MAPPING
-    if not native and raw.get("auto_map") and not model.trust_remote_code:
-        raise ModelError(
-            f"{directory} needs Python that comes with the checkpoint (auto_map in config.json): read it, "
-            "then allow it with model.trust_remote_code=true"
-        )
-    if not native and not raw.get("auto_map"):
-        hint = nearest(str(kind), CONFIG_MAPPING)
-        raise ModelError(
-            f"{directory / 'config.json'} names model_type {kind!r}, which this transformers does not know{hint}"
-        )
-    with _one_line(f"{directory / 'config.json'} cannot be used"):
-        return AutoConfig.from_pretrained(directory, trust_remote_code=model.trust_remote_code, local_files_only=True)
-
-
-def _tokenizer(directory: Path, model: ModelConfig) -> Any:
-    """The tokenizer of a checkpoint, unchanged."""
-    from transformers import AutoTokenizer
-
-    with _one_line(f"the tokenizer in {directory} cannot be used"):
-        return AutoTokenizer.from_pretrained(
-            directory, trust_remote_code=model.trust_remote_code, local_files_only=True
-        )
-
-
-def _weights(
-    directory: Path,
-    config: Any,
-    model: ModelConfig,
-    quant: QuantConfig,
-    packed: dict[str, torch.dtype] | None,
-    dtype: torch.dtype,
-    device: str,
-) -> tuple[nn.Module, dict[str, Any] | None]:
-    """The frozen model, and its storage in transformers' terms.
-
-    Eager experts: the loop that reads one expert's weight at a time is the one that frozen stacks can serve.
-    """
-    from transformers import AutoModelForCausalLM
-
-    from finetune.model import bnb_format
-    from finetune.model.quantizer import METHOD, FrozenBaseConfig, Loading
-    from finetune.model.streaming import fixed_thresholds, own_memory
-
-    if type(config) not in AutoModelForCausalLM._model_mapping and not model.trust_remote_code:
-        raise ModelError(f"{directory} holds a {config.model_type} model, which is no causal language model")
-    loading = Loading(quant, dtype, packed)
-    options: dict[str, Any] = {}
-    if packed is None:
-        options["quantization_config"] = FrozenBaseConfig(loading)
-    else:
-        config.quantization_config = {"quant_method": METHOD, "loading": loading}
-    with fixed_thresholds(), _quiet():
-        try:
-            result: Any = AutoModelForCausalLM.from_pretrained(
-                directory,
-                config=config,
-                dtype=dtype,
-                device_map={"": device},
-                attn_implementation=model.attention,
-                experts_implementation="eager",
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=model.trust_remote_code,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-                **options,
-            )
-        except (RuntimeError, ValueError, KeyError, OSError) as error:
-            if loading.failure is not None:
-                raise loading.failure from None
-            raise ModelError(f"{directory} cannot be loaded: {_first_line(error)}") from error
-        loaded, report = result
-        _judge(report, directory)
-        own_memory(loaded, loading.pages)
-    loaded.requires_grad_(False)
-    return loaded.eval(), bnb_format.quantization_config(quant, dtype, loading.kept)
-
-
-def _judge(report: dict[str, Any], directory: Path) -> None:
-    """Refuse a model whose weights are not exactly those of the checkpoint.
-
-    Raises:
-        ModelError: listing the first five keys of each kind.
-    """
-    faults = []
-    for kind in ("missing", "unexpected", "mismatched"):
-        keys = sorted(str(key[0] if isinstance(key, tuple) else key) for key in report.get(f"{kind}_keys") or ())
-        if keys:
-            more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
-            faults.append(f"{kind}: {', '.join(keys[:5])}{more}")
-    if faults:
-        raise ModelError(f"the weights in {directory} do not fit its config.json: {'; '.join(faults)}")
-
-
-@contextmanager
-def _one_line(what: str) -> Iterator[None]:
-    """Turn what transformers raises for files it cannot use into one line."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        raise ModelError(f"{what}: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    """The first line of an error that says something."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Within it transformers shows no warnings (what they say is judged here) and no bar where nobody watches."""
-    from transformers.utils import logging
-
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()

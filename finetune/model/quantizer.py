@@ -46,6 +46,7 @@ class Loading:
         packed: for a prequantized checkpoint, the dtype its packed bytes are disguised as, by name of the weight; None
             for a dense one.
         kept: names of the linear modules that stayed unquantized, known after loading.
+        notes: what the user should know.
         failure: the first error of an operation, which transformers would only report.
     """
 
@@ -54,6 +55,7 @@ class Loading:
     packed: dict[str, torch.dtype] | None = None
     pages: PageRelease = field(default_factory=PageRelease)
     kept: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     failure: Exception | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Loading:
@@ -261,7 +263,7 @@ def _head(model: nn.Module, structure: Structure) -> dict[str, Projection]:
 def _place(model: nn.Module, projection: Projection, frozen: FrozenWeight) -> None:
     """Exchange a module, or a 3-D parameter, for its frozen stand-in, which transformers must not initialize."""
     for piece in (frozen, *frozen.parameters()):  # some families initialize parameters by their names, deep below
-        piece._is_hf_initialized = True  # type: ignore[assignment]
+        piece._is_hf_initialized = True  # type: ignore[attr-defined]
     frozen.requires_grad_(False)
     parent, leaf = _owner(model, projection.name)
     if projection.kind == "experts":
