@@ -65,8 +65,14 @@ def linear_4bit(
     """`y_BO = x_BI @ w_OI.T + bias_O` in the dtype of `x_BI`, `w_OI` as `dequantize_4bit` gives it.
 
     The backward decodes the weight again and keeps no dense copy in between: only the packed tensors are saved. The
-    gradient flows to `x_BI`, and to `bias_O` where it asks for one. Same bits whatever the grad mode.
+    gradient flows to `x_BI`, and to `bias_O` where it asks for one. Same bits whatever the grad mode. Under autocast
+    `x_BI` is cast first, as for `torch.nn.functional.linear`.
     """
+    kind = x_BI.device.type
+    if torch.is_autocast_enabled(kind):
+        x_BI = x_BI.to(torch.get_autocast_dtype(kind))
+    if bias_O is not None:
+        bias_O = bias_O.to(x_BI.dtype)
     return torch.ops.finetune.linear_4bit(
         x_BI, bias_O, packed_P1, absmax_G, nested_absmax, offset, codebook, block_size, out_features
     )

@@ -51,11 +51,18 @@ def quantize_4bit(weight: Tensor, codebook: str, block_size: int, double_quant: 
     `u = clamp(w * (1 / max|w|), -1, 1)`, code = the nearest table entry, a tie to the lower one. The last short block
     divides by its absmax instead, which is what bitsandbytes does.
     """
-    flat_N = weight.detach().reshape(-1)
-    count = flat_N.numel()
+    weight = weight.detach()
+    count = weight.numel()
     codes_P1 = torch.empty((count + 1) // 2, 1, dtype=torch.uint8, device=weight.device)
     absmax_G = torch.empty(-(-count // block_size), dtype=torch.float32, device=weight.device)
-    encode_4bit(flat_N, codebook, block_size, codes_P1.view(-1), absmax_G)
+    # A transposed stack of experts is flattened one expert at a time, so that there is no second copy of the whole.
+    whole = weight.is_contiguous() or weight.dim() < 3 or weight[0].numel() % block_size != 0
+    start = 0
+    for part in [weight] if whole else weight:
+        encode_4bit(
+            part.reshape(-1), codebook, block_size, codes_P1.view(-1)[start // 2 :], absmax_G[start // block_size :]
+        )
+        start += part.numel()
     if not double_quant:
         return Packed4bit(codes_P1, absmax_G)
     return Packed4bit(codes_P1, *nest_absmax(absmax_G))

@@ -84,7 +84,11 @@ class FrozenExperts(FrozenWeight):
 
     @abstractmethod
     def __getitem__(self, expert: int) -> Tensor:
-        """The decoded weight of one expert, in the layout and the compute dtype of the parameter it stands for."""
+        """The decoded weight of one expert, in the layout and the compute dtype of the parameter it stands for.
+
+        While gradients are recorded it may be an operand that torch's functions take for that tensor, and that keeps
+        the packed weight for the backward instead of the dense one.
+        """
 
     @abstractmethod
     def dequantize(self, dtype: torch.dtype) -> Tensor:

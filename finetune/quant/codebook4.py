@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from finetune.errors import ConfigError, ModelError
 from finetune.kernels import ops, reference
 from finetune.quant.base import FrozenExperts, FrozenLinear, FrozenWeight, QuantConfig
 from finetune.quant.bnb_state import bnb_state, from_bnb_state
+from finetune.quant.packed_expert import PackedExpert
 
 _SCALES = ("absmax", "nested_absmax", "nested_offset")
 
@@ -217,10 +218,7 @@ class Codebook4Linear(Codebook4, FrozenLinear):
         self.register_parameter("bias", None if value is None else nn.Parameter(value, requires_grad=False))
 
     def forward(self, x_BI: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x_BI.device.type):
-            x_BI = x_BI.to(torch.get_autocast_dtype(x_BI.device.type))
-        bias_O = None if self.bias is None else self.bias.to(x_BI.dtype)
-        return ops.linear_4bit(x_BI, bias_O, *self.packed(), self.codebook, self.block_size, self.out_features)
+        return ops.linear_4bit(x_BI, self.bias, *self.packed(), self.codebook, self.block_size, self.out_features)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         return self._decode(dtype)
@@ -268,7 +266,10 @@ class Codebook4Experts(Codebook4, FrozenExperts):
         self.transposed = transposed
 
     def __getitem__(self, expert: int | Tensor) -> Tensor:
-        """Decode one expert: only the blocks it touches, at most one more at either end."""
+        """Decode one expert: only the blocks it touches, at most one more at either end.
+
+        While a graph is recorded it is a `PackedExpert`, decoded where it is used, so that no dense copy is kept.
+        """
         index = int(expert)
         if not 0 <= index < self.num_experts:
             raise IndexError(f"expert {index} of {self.num_experts}")
@@ -277,9 +278,12 @@ class Codebook4Experts(Codebook4, FrozenExperts):
         low = first // self.block_size
         high = -(-last // self.block_size)
         start, stop = low * self.block_size, min(high * self.block_size, self.num_experts * size)
-        codes_P1, absmax_G = self.weight[start // 2 : (stop + 1) // 2], self._absmax(low, high)
-        storage = (codes_P1, absmax_G, None, None, self.codebook, self.block_size)
-        flat = ops.dequantize_4bit(*storage, [stop - start], self.dtype)
+        packed = reference.Packed4bit(self.weight[start // 2 : (stop + 1) // 2], self._absmax(low, high))
+        if stop - start == size:
+            shape, transposed, dtype = self.shape[1:], self.transposed, self.dtype
+            one = PackedExpert(packed, self.codebook, self.block_size, shape=shape, transposed=transposed, dtype=dtype)
+            return cast(Tensor, one) if torch.is_grad_enabled() else one.dense()
+        flat = ops.dequantize_4bit(*packed, self.codebook, self.block_size, [stop - start], self.dtype)
         w_OI = flat[first - start : last - start].view(self.out_features, self.in_features)
         return w_OI.T if self.transposed else w_OI
 

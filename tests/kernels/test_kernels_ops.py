@@ -101,12 +101,15 @@ def test_gradients_are_the_same_after_an_evaluation_pass() -> None:
     assert torch.equal(before, gradient())
 
 
-def test_the_operator_itself_keeps_its_dtype_under_autocast() -> None:
+def test_autocast_casts_once_and_outside_the_operator() -> None:
     storage, w = packed_weight()
-    x = torch.randn(4, IN)
+    x, b = torch.randn(4, IN), torch.randn(OUT)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = ops.linear_4bit(x, None, *storage, OUT)
-    assert y.dtype == torch.float32 and torch.equal(y, torch.nn.functional.linear(x, w))
+        cast = ops.linear_4bit(x, b, *storage, OUT)
+        raw = torch.ops.finetune.linear_4bit(x, b, *storage, OUT)
+        expected = torch.nn.functional.linear(x, w, b)
+    assert cast.dtype == torch.bfloat16 and torch.equal(cast, expected)
+    assert raw.dtype == torch.float32 and torch.equal(raw, torch.nn.functional.linear(x, w, b))
 
 
 @pytest.mark.parametrize("shape", [(IN,), (0, IN), (2, 0, IN), (1, 1, 2, IN)])

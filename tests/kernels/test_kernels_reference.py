@@ -129,6 +129,14 @@ def test_pieces_equal_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(reference.dequantize_4bit(whole, "nf4", 64, [130, 127], torch.bfloat16), decoded)
 
 
+@pytest.mark.parametrize("columns", [64, 63])
+def test_a_strided_weight_equals_its_copy(columns: int) -> None:
+    stack = weights((3, columns, 32)).transpose(1, 2)
+    ours = reference.quantize_4bit(stack, "nf4", 64, True)
+    copied = reference.quantize_4bit(stack.contiguous(), "nf4", 64, True)
+    assert all(torch.equal(a, b) for a, b in zip(ours, copied, strict=True))
+
+
 @pytest.mark.parametrize(("codebook", "zero"), [("nf4", 7), ("fp4", 0)])
 def test_zeros_have_their_code_and_decode_to_zero(codebook: str, zero: int) -> None:
     packed = reference.quantize_4bit(torch.zeros(5, 13), codebook, 32, False)

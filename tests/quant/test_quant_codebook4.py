@@ -91,6 +91,32 @@ def test_an_expert_out_of_range_is_refused() -> None:
         module[2]
 
 
+@pytest.mark.parametrize("transposed", [False, True], ids=["OI", "IO"])
+def test_the_backward_keeps_no_dense_expert(transposed: bool) -> None:
+    module = QUANTIZERS.build(NF4Config(), 64, 96, experts=3, transposed=transposed)
+    module.store(torch.randn(3, 96, 64) if transposed else torch.randn(3, 64, 96))
+    x = torch.randn(2, 96, requires_grad=True)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
+        y = x @ module[1] if transposed else torch.nn.functional.linear(x, module[1])
+    assert kept and sum(t.numel() * t.element_size() for t in kept) < 64 * 96
+    w_OI = module.dequantize(torch.float32)[1]
+    y.sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, w_OI.sum(1 if transposed else 0).expand(2, 96))
+
+
+def test_an_expert_under_a_graph_is_a_tensor_to_everything_else() -> None:
+    module = QUANTIZERS.build(NF4Config(), 64, 96, experts=3)
+    module.store(torch.randn(3, 64, 96))
+    dense = module.dequantize(torch.float32)[2]
+    expert = module[2]
+    assert not isinstance(expert, torch.Tensor)
+    assert expert.shape == (64, 96) and expert.dtype == torch.float32 and torch.equal(expert.T, dense.T)
+    assert torch.equal(torch.ones(64, 96) + expert, 1 + dense)
+    assert torch.equal(torch.stack([expert, expert])[0], dense)
+
+
 def test_experts_decode_the_scales_of_one_expert_only() -> None:
     """Enough blocks that an expert starts inside a group of 256 absmax."""
     module = QUANTIZERS.build(NF4Config(block_size=32), 72, 96, experts=5)

@@ -177,6 +177,24 @@ def test_an_expert_carries_the_gradient_of_its_input(name: str) -> None:
     torch.testing.assert_close(x.grad, module.dequantize(torch.float32)[1].sum(0).expand(4, IN))
 
 
+@pytest.mark.parametrize("in_features", [IN, 64, 33], ids=lambda n: f"in{n}")
+@pytest.mark.parametrize("transposed", [False, True], ids=["OI", "IO"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_an_expert_multiplies_alike_with_and_without_a_graph(name: str, transposed: bool, in_features: int) -> None:
+    module, _ = experts(name, transposed, in_features)
+    x, b = torch.randn(4, in_features), torch.randn(OUT)
+
+    def products(x: Tensor) -> list[Tensor]:
+        if transposed:
+            return [x @ module[1], torch.matmul(x, module[1]) + b]
+        return [torch.nn.functional.linear(x, module[1]), torch.nn.functional.linear(x, module[1], b)]
+
+    with torch.no_grad():
+        quiet = products(x)
+    recorded = products(x.clone().requires_grad_())
+    assert all(r.requires_grad and torch.equal(r, q) for r, q in zip(recorded, quiet, strict=True))
+
+
 @pytest.mark.parametrize("transposed", [False, True], ids=["OI", "IO"])
 @pytest.mark.parametrize("name", FORMATS)
 def test_experts_requantize_and_round_trip(name: str, transposed: bool) -> None:
