@@ -34,6 +34,9 @@ from finetune.training.state import Live, LoopState
 from finetune.training.step import Stepper, StepResult
 from finetune.training.window import MicroBatch, Plan, Window
 
+LOSS_SCALE = 2.0**12
+"""Where fp16's loss scale starts. torch's own 2^16 overflows on most models, and each halving costs a step."""
+
 
 def train(
     model: nn.Module,
@@ -73,7 +76,7 @@ def train(
     group = Group(accelerator)
     parameters = adapter.trainable()
     optimizer, note = OPTIMIZERS.build(optim, list(parameters.values()), config, group.device)
-    scaler = torch.amp.GradScaler(group.device.type, enabled=config.dtype == "fp16")
+    scaler = torch.amp.GradScaler(group.device.type, init_scale=LOSS_SCALE, enabled=config.dtype == "fp16")
     live = Live(parameters, optimizer, scaler, group)
     group.broadcast(parameters.values())
     seed_processes(seed, group)

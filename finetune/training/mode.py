@@ -18,11 +18,13 @@ def training_mode(model: nn.Module, gradient_checkpointing: bool) -> Iterator[No
     Raises:
         RunError: where the model cannot recompute its activations.
     """
-    enable: Any = getattr(model, "gradient_checkpointing_enable", None)
+    # transformers renamed it in 5.23; the old name goes in 6
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     if gradient_checkpointing:
         try:
+            enable: Any = getattr(model, f"{name}_checkpointing_enable", None)
             # The reentrant kind gives no gradient to a block whose input needs none, which starves every adapter in it.
-            enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            enable(**{f"{name}_checkpointing_kwargs": {"use_reentrant": False}})
         except (TypeError, ValueError) as error:
             raise RunError(f"train.gradient_checkpointing=true, but {type(model).__name__} cannot: {error}") from None
     model.train()
@@ -31,5 +33,4 @@ def training_mode(model: nn.Module, gradient_checkpointing: bool) -> Iterator[No
     finally:
         model.eval()
         if gradient_checkpointing:
-            disable: Any = model.gradient_checkpointing_disable
-            disable()
+            getattr(model, f"{name}_checkpointing_disable")()

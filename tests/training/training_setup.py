@@ -46,7 +46,9 @@ def tiny_model(seed: int = 0, dropout: float = 0.0) -> nn.Module:
         bos_token_id=1,
         eos_token_id=2,
     )
-    return LlamaForCausalLM(config).requires_grad_(False).eval()
+    model = LlamaForCausalLM(config).requires_grad_(False).eval()
+    model.lm_head.weight.mul_(20)  # so that something can be said with it
+    return model
 
 
 class Delta(nn.Module):
@@ -55,7 +57,7 @@ class Delta(nn.Module):
     def __init__(self, base: nn.Linear, dropout: float) -> None:
         super().__init__()
         self.base, self.dropout = base, nn.Dropout(dropout)
-        self.delta = nn.Parameter(torch.zeros_like(base.weight))
+        self.delta = nn.Parameter(torch.zeros_like(base.weight, dtype=torch.float32))
         self.on = True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
