@@ -235,38 +235,45 @@ def save(model: LlamaForCausalLM, tokenizer: Tokenizer, directory: Path) -> None
     shutil.rmtree(part)
 
 
+def read_curve(log: Path) -> list[dict[str, float]]:
+    """Return the curve that an interrupted run printed."""
+    return [json.loads(line) for line in log.read_text().splitlines() if line.startswith('{"step"')]
+
+
 def train(
     model: LlamaForCausalLM, tokenizer: Tokenizer, corpus: Corpus, options: argparse.Namespace
 ) -> list[dict[str, float]]:
     """Train for the time budget, write a checkpoint now and then, and return the curve."""
-    optimizers, rng = make_optimizers(model), np.random.default_rng(options.seed)
+    optimizers = make_optimizers(model)
     run = torch.compile(model, dynamic=False) if options.compile else model
     probe = corpus.held_out[: 32 * CONTEXT + 1]
     probe_bytes = corpus.held_out_bytes * (len(probe) - 1) / (len(corpus.held_out) - 1)  # an estimate, for the curve
+    curve = read_curve(options.resume) if options.resume else []
+    done = first = int(curve[-1]["step"]) if curve else 0
+    rng = np.random.default_rng([options.seed, done])
     streams = {length: batches(corpus.train, length, rng) for length in (CONTEXT // 2, CONTEXT)}
     for stream in streams.values() if options.compile else ():  # compile before the clock starts
         loss_sum(run, next(stream)).backward()
         model.zero_grad()
-    curve: list[dict[str, float]] = []
-    step, recent, begun = 0, [], time.monotonic()
-    saved = logged = begun
+    recent, saved, logged = [], time.monotonic(), time.monotonic()
+    begun = saved - (curve[-1]["seconds"] if curve else 0)
     while (progress := (time.monotonic() - begun) / (60 * options.minutes)) < 1:
         for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
-            group["lr"] = options.learning_rate * rate(progress)
+            group["lr"] = options.learning_rate * rate(progress) * min(1.0, (done - first + 1) / 20)
         loss = loss_sum(run, next(streams[CONTEXT if progress > 1 - LONG else CONTEXT // 2])) / TOKENS_PER_STEP
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        step += 1
+        done += 1
         recent.append(float(loss.detach()))
         now = time.monotonic()
         if now - logged > options.log_every:
             line = {
-                "step": step,
+                "step": done,
                 "seconds": round(now - begun),
-                "tokens": step * TOKENS_PER_STEP,
+                "tokens": done * TOKENS_PER_STEP,
                 "learning_rate": round(optimizers[0].param_groups[0]["lr"], 6),
                 "loss": round(float(np.mean(recent)), 4),
                 "tokens_per_second": round(len(recent) * TOKENS_PER_STEP / (now - logged)),
@@ -291,9 +298,7 @@ def machine() -> str:
     return f"{name}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores"
 
 
-def report(
-    corpus: Corpus, curve: list[dict[str, float]], seconds: float, options: argparse.Namespace
-) -> dict[str, Any]:
+def report(corpus: Corpus, curve: list[dict[str, float]], options: argparse.Namespace) -> dict[str, Any]:
     """Measure the checkpoint on disk and the 5-gram on the same held-out tokens; return the result file's content."""
     model = AutoModelForCausalLM.from_pretrained(options.out, dtype=torch.float32)
     nats = held_out_nats(model, corpus.held_out)
@@ -311,7 +316,7 @@ def report(
         "seed": options.seed,
         "corpus_tokens": len(corpus.train),
         "trained_tokens": curve[-1]["tokens"] if curve else 0,
-        "seconds": round(seconds),
+        "seconds": curve[-1]["seconds"] if curve else 0,
         "held_out": {"bytes": corpus.held_out_bytes, "tokens": scored},
         "bits_per_byte": {
             "model": round(nats / math.log(2) / corpus.held_out_bytes, 4),
@@ -337,20 +342,24 @@ def main() -> None:
     parser.add_argument("--log-every", type=float, default=60, help="seconds between lines of the curve (default 60)")
     parser.add_argument("--save-every", type=float, default=6, help="minutes between checkpoints (default 6)")
     parser.add_argument("--compile", action="store_true", help="use torch.compile (needs a C++ compiler)")
+    parser.add_argument("--resume", type=Path, help="continue from --out; the file holds what the first run printed")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     texts = list(documents())
-    tokenizer = train_tokenizer([text for key, text in texts if not is_held_out(key)])
+    if options.resume:
+        tokenizer = load_tokenizer(options.out)
+    else:
+        tokenizer = train_tokenizer([text for key, text in texts if not is_held_out(key)])
     corpus = tokenize_corpus(texts, tokenizer)
     size = sum(len(text.encode()) for _, text in texts)
     print(f"{len(texts)} documents, {size} bytes, {len(corpus.train)} + {len(corpus.held_out)} tokens", flush=True)
     model = build_model()
-    begun = time.monotonic()
+    if options.resume:
+        model.load_state_dict(LlamaForCausalLM.from_pretrained(options.out, dtype=torch.float32).state_dict())
     curve = train(model, tokenizer, corpus, options)
-    seconds = time.monotonic() - begun
     save(model, tokenizer, options.out)
-    result = report(corpus, curve, seconds, options)
+    result = report(corpus, curve, options)
     options.result.parent.mkdir(parents=True, exist_ok=True)
     options.result.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps({key: value for key, value in result.items() if key != "curve"}))
