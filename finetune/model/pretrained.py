@@ -82,7 +82,7 @@ def read_model(directory: Path, config: Any, model: ModelConfig, loading: Loadin
                 raise loading.failure from None
             raise ModelError(f"{directory} cannot be loaded: {_first_line(error)}") from error
         loaded, report = result
-        _judge(report, directory)
+        _judge({**report, "mismatched_keys": {*report["mismatched_keys"], *loading.mismatched}}, directory)
         own_memory(loaded, loading.pages)
     loaded.requires_grad_(False)
     return loaded.eval()

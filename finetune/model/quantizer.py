@@ -46,6 +46,7 @@ class Loading:
         packed: for a prequantized checkpoint, the dtype its packed bytes are disguised as, by name of the weight; None
             for a dense one.
         kept: names of the linear modules that stayed unquantized, known after loading.
+        mismatched: names of tensors whose shape in the checkpoint is not the model's.
         notes: what the user should know.
         failure: the first error of an operation, which transformers would only report.
     """
@@ -55,6 +56,7 @@ class Loading:
     packed: dict[str, torch.dtype] | None = None
     pages: PageRelease = field(default_factory=PageRelease)
     kept: list[str] = field(default_factory=list)
+    mismatched: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     failure: Exception | None = None
 
@@ -95,10 +97,12 @@ class FrozenBaseQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.loading = quantization_config.loading
         self.targets: dict[str, Projection] = {}
+        self.shapes: dict[str, torch.Size] = {}
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        """Note which parameters are to be frozen, by name."""
+        """Note which parameters are to be frozen, by name, and what shapes the others should have."""
         structure = inspect(model)
+        self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self.targets = {parameter_name(p): p for p in structure.projections}
         if getattr(self.loading.quant, "head", False) and self.loading.packed is None:
             self.targets.update(_head(model, structure))
@@ -111,6 +115,11 @@ class FrozenBaseQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         """Freeze what did not come by our operation, so that all projections honour one contract, and tidy up."""
+        # With a quantizer 5.17 does not compare shapes itself. A frozen module has checked its weight.
+        for name, parameter in model.named_parameters():
+            frozen = name.endswith(".weight") and isinstance(_owner(model, name)[0], FrozenWeight)
+            if not frozen and parameter.shape != self.shapes.get(name, parameter.shape):
+                self.loading.mismatched.append(name)
         structure = inspect(model)
         quant = DenseConfig() if self.pre_quantized else self.loading.quant
         for projection in structure.projections:
