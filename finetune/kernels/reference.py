@@ -25,8 +25,8 @@ NESTED_BLOCK = 256
 _TINY = 1e-38
 """Keeps 1 / absmax finite for blocks of zeros; bitsandbytes' figure."""
 
-_CHUNK = 1 << 18
-"""Weights handled at a time on a CPU: the temporaries stay in its cache. A multiple of every block size."""
+_CHUNK = 1 << 17
+"""Weights handled at a time by each CPU core: the temporaries stay in its cache. A multiple of every block size."""
 
 
 class Packed4bit(NamedTuple):
@@ -167,4 +167,4 @@ def _scale_blocks(weights_N: Tensor, absmax_G: Tensor, block_size: int) -> None:
 
 def _chunk(device: torch.device) -> int:
     """Weights a step: what fits a core's cache, times the cores; on an accelerator much more, to keep it busy."""
-    return _CHUNK * max(1, torch.get_num_threads() // 2) if device.type == "cpu" else _CHUNK * 64
+    return _CHUNK * (min(torch.get_num_threads(), 16) if device.type == "cpu" else 256)
