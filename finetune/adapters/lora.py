@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from finetune.adapters import peft_format
 from finetune.adapters.base import ADAPTERS
 from finetune.adapters.full_copy import resolve_modules
-from finetune.adapters.lora_layers import LoRAExperts, LoRALinear
+from finetune.adapters.lora_layers import LoRAExperts, LoRALinear, transposed_factors
 from finetune.adapters.peft_lora import Saved, read_saved, resolve_saved
 from finetune.adapters.weight import WeightAdapter, WeightConfig, choose
 from finetune.errors import ConfigError
@@ -122,12 +122,22 @@ class LoRAAdapter(WeightAdapter):
                 keys[f"{peft_format.PREFIX}{name}.{factor}.weight"] = getattr(module, factor).weight
         return keys | self.copy_keys()
 
+    def from_file(self, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Turns the stacked experts of PEFT before 0.20 into their present layout; see `stacks_by_output`."""
+        if not peft_format.stacks_by_output(config):
+            return tensors
+        names = {id(parameter): key for key, parameter in self.file_keys().items()}
+        for module in self.adapted.values():
+            if isinstance(module, LoRAExperts):
+                a, b = names[id(module.lora_A.weight)], names[id(module.lora_B.weight)]
+                if a in tensors and b in tensors:
+                    tensors[a], tensors[b] = transposed_factors(tensors[a], tensors[b], module.num_experts)
+        return tensors
+
     def file_config(self) -> dict[str, Any]:
         """adapter_config.json as stock PEFT reads it."""
         modules = [p.name for p in self.projections if p.kind != "experts"]
         parameters = [p.name for p in self.projections if p.kind == "experts"]
-        with self.detached():
-            every = [name for name, _ in self.model.named_modules() if name]
         stacks = [p.name for p in self.structure.projections if p.kind == "experts"]
         saved = Saved(
             rank=self.config.rank,
@@ -135,7 +145,7 @@ class LoRAAdapter(WeightAdapter):
             rslora=self.config.rslora,
             # PEFT refuses dropout beside stacked experts even to read the file; it plays no part after training.
             dropout=0.0 if parameters else self.config.dropout,
-            target_modules=peft_format.shorten(modules, every),
+            target_modules=peft_format.shorten(modules, self.names),
             target_parameters=peft_format.shorten(parameters, stacks, parts=2),
             modules_to_save=list(self.copies),
             rank_pattern={n: s.rank for n, s in self.sizes.items() if s.rank != self.config.rank},

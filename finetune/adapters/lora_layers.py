@@ -88,6 +88,20 @@ class LoRAExperts(AdaptedExperts):
         return merged
 
 
+def transposed_factors(a: Tensor, b: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """The factors, in PEFT's layout of a stack, of the transposed product of each expert: (B A)^T = A^T B^T.
+
+    Args:
+        a: [E R, X], the experts one after another.
+        b: [Y, R E], the experts interleaved.
+
+    Returns:
+        [E R, Y] and [X, R E].
+    """
+    a_ERX, b_YRE = a.reshape(experts, -1, a.shape[1]), b.reshape(b.shape[0], -1, experts)
+    return b_YRE.permute(2, 1, 0).flatten(0, 1).contiguous(), a_ERX.permute(2, 1, 0).flatten(1).contiguous()
+
+
 class LowRankWeight:
     """W + s B A of one expert as an operand of `F.linear` and `@`: how transformers' expert loops use `experts[e]`.
 

@@ -99,6 +99,16 @@ def method_of(config: Mapping[str, Any]) -> str:
     return str(config.get("peft_type") or config.get("finetune_method"))
 
 
+def stacks_by_output(config: Mapping[str, Any]) -> bool:
+    """Whether the file lays stacked experts out as PEFT did before 0.20, with lora_A over the output features.
+
+    That PEFT took the axes of a stack in the wrong order (`ParamWrapper`); the product it computed is the transpose
+    of ours. Files without a `peft_version` are not PEFT's and have the layout of today.
+    """
+    version = re.match(r"(\d+)\.(\d+)", str(config.get("peft_version") or ""))
+    return version is not None and (int(version[1]), int(version[2])) < (0, 20)
+
+
 def check_method(directory: Path, saved: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     """Refuse an adapter of another method.
 

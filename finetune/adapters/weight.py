@@ -135,6 +135,7 @@ class WeightAdapter(Adapter):
                 f"adapter.train_also and adapter.targets both name {both[0]}: leave it out of one of them"
             )
         self.check()
+        self.names = tuple(name for name, _ in model.named_modules())
         freeze_dense(model, self.structure, self.projections)
         model.requires_grad_(False)
         dtype = DTYPES[config.dtype]
@@ -255,7 +256,11 @@ class WeightAdapter(Adapter):
         """
         saved = peft_format.read_config(Path(directory))
         peft_format.check_method(Path(directory), saved, self.file_config())
-        self.fill(directory, peft_format.read_tensors(Path(directory)))
+        self.fill(directory, self.from_file(saved, peft_format.read_tensors(Path(directory))))
+
+    def from_file(self, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a file in today's layout; a method with more than one layout turns the others into it here."""
+        return tensors
 
     @torch.no_grad()
     def fill(self, directory: Path, tensors: Mapping[str, Tensor]) -> None:

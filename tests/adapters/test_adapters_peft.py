@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from adapters_models import dense_twin, frozen, logits, lora
+from safetensors.torch import load_file
 
 from finetune.adapters.attach import attach
 from finetune.adapters.lora import LoRAConfig
@@ -16,6 +18,7 @@ from finetune.adapters.lora import LoRAConfig
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")
 BAR = 2e-5
+OLD_SAMPLE = Path(__file__).parent / "samples" / "peft-0.19-experts"
 
 OURS = {
     "llama": ("llama", {}),
@@ -35,6 +38,15 @@ OURS = {
 }
 
 
+NEW_STACKS = tuple(int(part) for part in peft.__version__.split(".")[:2]) >= (0, 20)
+"""Before 0.20 PEFT laid stacked experts out the other way round; it cannot read files of today."""
+
+
+def skip_old_stacks(family: str) -> None:
+    if family in ("mixtral", "gpt_oss") and not NEW_STACKS:
+        pytest.skip(f"PEFT {peft.__version__} lays stacked experts out otherwise")
+
+
 def stock(model: torch.nn.Module, directory: Path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -46,6 +58,7 @@ def stock(model: torch.nn.Module, directory: Path):
 @pytest.mark.parametrize("case", OURS)
 def test_stock_peft_gives_our_logits(case: str, quant: str, tmp_path: Path) -> None:
     family, settings = OURS[case]
+    skip_old_stacks(family)
     model, adapter = lora(family, quant, **settings)
     adapter.save(tmp_path)
     theirs = stock(dense_twin(family, quant), tmp_path)
@@ -104,6 +117,7 @@ def test_pefts_adapters_load_here(case: str, tmp_path: Path) -> None:
     assert (logits(model) - wanted).abs().max() <= BAR
     with adapter.disabled():
         assert (logits(model) - wanted).abs().max() > 0.01
+    skip_old_stacks(family)
     # and back, through our own files, with ranks and alphas of single modules
     adapter.save(tmp_path / "again")
     again = stock(dense_twin(family), tmp_path / "again")
@@ -111,6 +125,22 @@ def test_pefts_adapters_load_here(case: str, tmp_path: Path) -> None:
     once_more = frozen(family)
     attach(once_more, LoRAConfig(path=str(tmp_path / "again")))
     assert torch.equal(logits(once_more), logits(model))
+
+
+def test_stacked_experts_of_an_older_peft() -> None:
+    """The sample is PEFT 0.19's, with the products that it computed; its gate_up_proj is as wide as it is tall."""
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=96, hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=2, num_experts_per_tok=1,
+    )  # fmt: skip
+    model = transformers.MixtralForCausalLM(config)
+    adapter = attach(model, LoRAConfig(path=str(OLD_SAMPLE)))
+    deltas = load_file(OLD_SAMPLE / "deltas.safetensors")
+    assert len(adapter.adapted) == len(deltas) == 2
+    for name, module in adapter.adapted.items():
+        zero = torch.zeros_like(module.dequantize(torch.float32))
+        assert torch.allclose(module.merge(zero), deltas[name.rpartition(".")[2]], atol=1e-5)
 
 
 def test_the_config_names_endings_where_they_are_enough(tmp_path: Path) -> None:
