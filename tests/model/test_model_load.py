@@ -240,3 +240,39 @@ def _extra(family: str) -> dict[str, Any]:
         "OPT": {"word_embed_proj_dim": 64, "ffn_dim": 192},
         "Gemma2": {"head_dim": 32},
     }.get(family, {})
+
+
+REMOTE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class MineConfig(LlamaConfig):
+    model_type = "mine_of_the_tests"
+
+
+class MineForCausalLM(LlamaForCausalLM):
+    config_class = MineConfig
+"""
+
+
+def test_python_of_the_checkpoint_runs_only_where_allowed(
+    base: Path, tmp_path: Path, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    expected = ours(base).model(ids).logits
+    config = json.loads((base / "config.json").read_text())
+    auto_map = {"AutoConfig": "mine.MineConfig", "AutoModelForCausalLM": "mine.MineForCausalLM"}
+    (base / "mine.py").write_text(REMOTE)
+    (base / "config.json").write_text(json.dumps(config | {"model_type": "mine_of_the_tests", "auto_map": auto_map}))
+    with pytest.raises(ModelError, match=r"model\.trust_remote_code=true"):
+        ours(base)
+    assert torch.equal(ours(base, trust_remote_code=True).model(ids).logits, expected)
+
+
+def test_native_code_is_preferred_to_the_checkpoints_own(base: Path, ids: torch.Tensor) -> None:
+    """A checkpoint of a family that transformers knows loads without its Python, auto_map or not."""
+    config = json.loads((base / "config.json").read_text())
+    auto_map = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    (base / "config.json").write_text(json.dumps(config | {"auto_map": auto_map}))
+    (base / "evil.py").write_text("raise SystemExit('this ran')")
+    assert torch.isfinite(ours(base).model(ids).logits).all()
