@@ -69,6 +69,8 @@ class Format:
         runtime: who reads it, in words, e.g. "transformers (AutoModelForCausalLM)".
         loader: which loader of the proof client opens it: "causal_lm" or "peft".
         needs_merge: whether the adapter has to be mergeable.
+        advice: what a user does whose export keeps too little of the fine-tuning.
+        lossless: nothing is lost but the rounding to 16 bits, so mean KL is gated as well, by `export.max_kl`.
         write: writes a new, empty directory and says what the proof needs to know of it.
         check: looks at the tensors in the files and returns a complaint where they are not what the format promises (an
             export that was asked to be quantized and is not); None checks nothing.
@@ -78,6 +80,8 @@ class Format:
     runtime: str
     loader: str
     needs_merge: bool
+    advice: str
+    lossless: bool
     write: Callable[[ExportSource, Path], Written]
     check: Callable[[Written, Sequence[StoredTensor]], str | None] | None = None
 

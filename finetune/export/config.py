@@ -14,7 +14,8 @@ class ExportConfig:
     Attributes:
         formats: of `safetensors`, `bnb-nf4`, `peft`; may be empty.
         min_retained: least share of the improvement in held-out loss that an export must keep, in [0, 1].
-        max_kl: the gate in nats where the improvement is too small to divide by.
+        max_kl: most mean KL from the unmerged model, nats a token: the gate where the improvement is too small to
+            divide by, and one more gate for formats that lose nothing but rounding.
         max_shard_gb: largest safetensors shard, in 10^9 bytes.
         rows: held-out rows that the proofs run on, at most.
     """

@@ -75,6 +75,8 @@ def _publish(trial: Trial, form: Format, out: Path, workspace: Path) -> Proof:
         try:
             if form.needs_merge and adapter is not None and not adapter.mergeable:
                 raise UserError(f"adapter {adapter.config.name} cannot be merged: export peft instead")
+            if not trial.panel.plan:
+                raise UserError("no held-out row has a token to learn, so nothing can be proven: give data.eval")
             written = form.write(trial.source, directory)
             _prove(trial, form, written, directory, workspace / form.name, proof)
         except (UserError, ClientFailed, OSError) as error:
@@ -104,11 +106,11 @@ def _prove(trial: Trial, form: Format, written: Written, directory: Path, worksp
         "new_tokens": NEW_TOKENS,
         "trust_remote_code": "auto_map" in model.config.to_dict(),
     }
-    with parked(model) as (device, dtype):
-        answer = ask(request | {"device": device, "dtype": dtype}, workspace)
+    with parked(model) as placement:
+        answer = ask(request | placement, workspace)
     losses, divergence = compare(trial.panel, trial.reference, workspace / "answer")
     fill(proof, trial.reference, losses, divergence)
-    judge(proof, trial.config)
+    judge(proof, trial.config, form)
     complaint = unlike(trial, answer) or (form.check(written, stored) if form.check is not None else None)
     if complaint:
         proof.passed, proof.reason = False, complaint
@@ -151,21 +153,21 @@ def _short(value: Any) -> str:
 
 
 @contextlib.contextmanager
-def parked(model: Any) -> Iterator[tuple[str, str]]:
-    """Clear the accelerator for the client, and say which device and dtype it should use.
+def parked(model: Any) -> Iterator[dict[str, Any]]:
+    """Clear the accelerator for the client, and say on which device and in which dtype it should compute.
 
     On a CPU the client computes in float32, like the reference. On an accelerator the model waits in host memory
     meanwhile, and the client uses the accelerator in the model's own dtype.
     """
     device = next(model.parameters()).device
     if device.type == "cpu":
-        yield "cpu", "float32"
+        yield {"device": "cpu", "dtype": "auto", "widen": True}
         return
     dtype = str(model.dtype).removeprefix("torch.")
     model.to("cpu")
     torch.cuda.empty_cache()
     try:
-        yield str(device), dtype
+        yield {"device": str(device), "dtype": dtype, "widen": False}
     finally:
         model.to(device)
 

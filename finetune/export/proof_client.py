@@ -30,7 +30,8 @@ class _Refuse(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(f"the proof runs without {FORBIDDEN}, so {fullname} cannot be imported")
 
 
-sys.meta_path.insert(0, _Refuse())
+if __name__ == "__main__":
+    sys.meta_path.insert(0, _Refuse())
 
 import torch  # noqa: E402  nothing may be imported before the refusal stands
 from safetensors.torch import load_file, save_file  # noqa: E402
@@ -49,13 +50,16 @@ def loader(name: str) -> Any:
     return keep
 
 
+def options(request: dict[str, Any]) -> dict[str, Any]:
+    """What `from_pretrained` is told besides the path."""
+    chosen = {"dtype": request["dtype"], "device_map": {"": request["device"]}}
+    return chosen | ({"trust_remote_code": True} if request.get("trust_remote_code") else {})
+
+
 @loader("causal_lm")
 def load_causal_lm(request: dict[str, Any], path: str) -> Any:
     """A checkpoint directory, as `AutoModelForCausalLM` opens it."""
-    options: dict[str, Any] = {"dtype": getattr(torch, request["dtype"]), "device_map": {"": request["device"]}}
-    if request.get("trust_remote_code"):
-        options["trust_remote_code"] = True
-    found: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+    found: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options(request))
     model, info = found
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(kind):
@@ -68,20 +72,28 @@ def load_peft(request: dict[str, Any], path: str) -> Any:
     """An adapter directory, as PEFT opens it on its base, quantized as it was trained on."""
     from peft import PeftModel, get_peft_model_state_dict
 
-    options: dict[str, Any] = {"dtype": getattr(torch, request["dtype"]), "device_map": {"": request["device"]}}
-    if request.get("trust_remote_code"):
-        options["trust_remote_code"] = True
-    stored = AutoConfig.from_pretrained(request["base"], revision=request.get("base_revision"))
+    chosen = options(request)
+    stored = AutoConfig.from_pretrained(request["base"], trust_remote_code=bool(request.get("trust_remote_code")))
     if request.get("base_quantization") and getattr(stored, "quantization_config", None) is None:
-        options["quantization_config"] = BitsAndBytesConfig.from_dict(request["base_quantization"])
-    base = AutoModelForCausalLM.from_pretrained(request["base"], revision=request.get("base_revision"), **options)
-    model = PeftModel.from_pretrained(base, path)
+        chosen["quantization_config"] = BitsAndBytesConfig.from_dict(request["base_quantization"])
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(request["base"], **chosen), path)
     # PEFT only warns where a key of the file fits nothing, and the adapter then changes nothing.
     placed = get_peft_model_state_dict(model, save_embedding_layers=False)
     lost = sorted(set(load_file(Path(path) / "adapter_model.safetensors")) - set(placed))
     if lost:
         raise SystemExit(f"{path}: PEFT finds no place for {lost[:3]}")
     return model
+
+
+def widen(model: Any) -> None:
+    """Compute in float32 whatever the weights are stored in.
+
+    Not by `dtype=float32` on loading: transformers 5.23 then leaves every `.weight` of a bitsandbytes checkpoint in its
+    stored dtype and casts the rest, which does not compute. Packed weights are integers and stay as they are.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.float()
 
 
 def batches(rows: dict[str, torch.Tensor], plan: list[list[int]], pad_id: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -159,12 +171,13 @@ def main(path: str) -> None:
     answer = Path(request["answer"])
     facts = tokenizer_facts(request["directory"], request)
     model = LOADERS[request["loader"]](request, request["directory"]).eval()
+    if request["widen"]:
+        widen(model)
     observe(model, request, answer)
     generation = getattr(model, "generation_config", None)
     facts |= {
         "continuation": generate(model, request),
         "generation_eos": getattr(generation, "eos_token_id", None),
-        "vocabulary_model": AutoConfig.from_pretrained(request["base"] or request["directory"]).vocab_size,
     }
     loaded = [name for name in sys.modules if name.partition(".")[0] == FORBIDDEN]
     if loaded:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from finetune.data.batching import collate
 from finetune.data.rows import IGNORE, Batch, TokenRows
 from finetune.evaluation import Divergence, RowLosses, predictions
-from finetune.export.base import ExportSource, Proof
+from finetune.export.base import ExportSource, Format, Proof
 from finetune.export.config import ExportConfig
 
 LOG_PROBS_BYTES = 256 * 10**6
@@ -183,27 +183,26 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def judge(proof: Proof, config: ExportConfig) -> None:
+def judge(proof: Proof, config: ExportConfig, form: Format) -> None:
     """Set `retained`, `passed` and, where it did not pass, the reason and what to do.
 
     Where the improvement is clear of its noise (twice its standard error over rows) the export has to keep
     `config.min_retained` of it; where it is not, dividing by it would say nothing, and mean KL has to be at most
-    `config.max_kl`.
+    `config.max_kl`. A lossless format has to pass both.
     """
+    proof.retained, proof.passed, proof.reason = None, False, ""
     measured = (proof.loss_base, proof.loss_trained, proof.loss_export, proof.kl_mean)
     if any(value is None for value in measured):
-        proof.passed, proof.reason = False, "its predictions are not finite on the held-out rows"
+        proof.reason = "its predictions are not finite on the held-out rows"
         return
     base, trained, exported, kl = (float(value) for value in measured)  # type: ignore[arg-type]
     improvement = base - trained
     error = math.inf if proof.loss_error is None else proof.loss_error
-    mend = "use a 16-bit format (safetensors), or keep the adapter beside the base (peft)"
-    if improvement <= 2 * error:
-        proof.retained, proof.passed = None, kl <= config.max_kl
-        proof.reason = "" if proof.passed else f"kl_mean {kl:.4g} is above export.max_kl={config.max_kl:g}: {mend}"
-        return
-    proof.retained = (base - exported) / improvement
-    proof.passed = proof.retained >= config.min_retained
-    if not proof.passed:
+    if improvement > 2 * error:
+        proof.retained = (base - exported) / improvement
+    if proof.retained is not None and proof.retained < config.min_retained:
         asked = f"export.min_retained={config.min_retained:g} is asked"
-        proof.reason = f"it keeps {proof.retained:.4f} of the improvement, {asked}: {mend}"
+        proof.reason = f"it keeps {proof.retained:.4f} of the improvement, {asked}: {form.advice}"
+    elif (proof.retained is None or form.lossless) and kl > config.max_kl:
+        proof.reason = f"kl_mean {kl:.4g} is above export.max_kl={config.max_kl:g}: {form.advice}"
+    proof.passed = not proof.reason

@@ -100,6 +100,8 @@ FORMAT = Format(
     runtime="transformers + bitsandbytes (AutoModelForCausalLM)",
     loader="causal_lm",
     needs_merge=True,
+    advice="export 16 bits (safetensors), or keep the adapter beside its base (peft)",
+    lossless=False,
     write=write,
     check=check,
 )

@@ -57,5 +57,7 @@ FORMAT = Format(
     runtime="PEFT on transformers (PeftModel)",
     loader="peft",
     needs_merge=False,
+    advice="the base is not what it was trained on: compare the digests in finetune.json, or export safetensors",
+    lossless=True,
     write=write,
 )

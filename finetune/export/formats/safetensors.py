@@ -35,5 +35,7 @@ FORMAT = Format(
     runtime="transformers (AutoModelForCausalLM)",
     loader="causal_lm",
     needs_merge=True,
+    advice="keep the adapter beside its base (export.formats=[peft]), or train in fp32",
+    lossless=True,
     write=write,
 )
