@@ -58,9 +58,6 @@ def stored_settings(
         )
     header, tensor = tensors[states[0]]
     settings = _settings(_state(header.read(tensor), states[0]), states[0])
-    head = [name for name in states if name.startswith("lm_head.")]
-    if head and hasattr(settings, "head"):
-        settings.head = True
     weights = {name.partition(f".{STATE}")[0] for name in states}
     return settings, {name: STORAGE.get(tensors[name][1].dtype, torch.uint8) for name in weights if name in tensors}
 
@@ -102,13 +99,13 @@ def quantization_config(quant: QuantConfig, dtype: torch.dtype, kept: list[str])
 
 
 def agree(asked: QuantConfig, stored: QuantConfig, where: str) -> None:
-    """Refuse settings that a checkpoint stored otherwise cannot honour.
+    """Refuse settings that a checkpoint stored otherwise cannot honour. Whether its head is packed shows later.
 
     Raises:
         ModelError: naming both.
     """
     wanted, has = asdict(asked), asdict(stored)
-    for key in sorted(wanted.keys() | has.keys(), key=lambda key: (key != "name", key)):
+    for key in sorted((wanted.keys() | has.keys()) - {"head"}, key=lambda key: (key != "name", key)):
         if wanted.get(key) != has.get(key):
             name = "quant" if key == "name" else f"quant.{key}"
             raise ModelError(

@@ -91,9 +91,9 @@ def load(model: ModelConfig, quant: QuantConfig, dtype: torch.dtype, device: str
             "base": base.result(),
             "tokenizer": digest.tokenizer_digest(tokenizer),
             "chat_template": digest.json_digest(getattr(tokenizer, "chat_template", None)),
-            "quantization": digest.json_digest(asdict(settings)),
+            "quantization": digest.json_digest(asdict(loading.quant)),
         }
-    quantization_config = bnb_format.quantization_config(settings, dtype, loading.kept)
+    quantization_config = bnb_format.quantization_config(loading.quant, dtype, loading.kept)
     notes = list(loading.notes)
     if quantization_config is not None:
         notes += storage_notes(loaded, DENSE_SHARE)
@@ -101,7 +101,7 @@ def load(model: ModelConfig, quant: QuantConfig, dtype: torch.dtype, device: str
     if surplus > 0:
         notes.append(f"the tokenizer has {surplus} tokens more than the embeddings have rows: data must not use them")
     base_path = str(directory) if model.path == "embedded" else model.path
-    return Loaded(loaded, tokenizer, digests, base_path, quantization_config, notes, settings)
+    return Loaded(loaded, tokenizer, digests, base_path, quantization_config, notes, loading.quant)
 
 
 def context_length(model: ModelConfig) -> int:

@@ -124,6 +124,8 @@ class FrozenBaseQuantizer(HfQuantizer):
         quant = DenseConfig() if self.pre_quantized else self.loading.quant
         for projection in structure.projections:
             replace_projection(model, quant, projection)
+        if self.pre_quantized and hasattr(self.loading.quant, "head"):
+            self._compare_head(model, structure)
         self.loading.kept = [
             name for name, module in model.named_modules() if isinstance(module, nn.Linear | DenseLinear)
         ]
@@ -133,6 +135,13 @@ class FrozenBaseQuantizer(HfQuantizer):
         if bnb_format.quantization_config(self.loading.quant, self.loading.dtype, []) is None:
             self.remove_quantization_config(model)
         return model
+
+    def _compare_head(self, model: nn.Module, structure: Structure) -> None:
+        """Note whether a prequantized checkpoint packs its head; refuse where it was to be and is not."""
+        packed = structure.head is not None and isinstance(model.get_submodule(structure.head), FrozenWeight)
+        if self.loading.quant.head and not packed:  # type: ignore[attr-defined]
+            raise ModelError(f"quant.head=true conflicts with the checkpoint, which holds {structure.head} unquantized")
+        self.loading.quant = replace(self.loading.quant, head=packed)  # type: ignore[call-arg]
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         return param_name in self.targets

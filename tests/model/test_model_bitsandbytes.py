@@ -136,6 +136,15 @@ def test_a_packed_base_refuses_other_settings(checkpoint: Checkpoint, tmp_path: 
             ours(tmp_path, quant)
 
 
+def test_a_packed_head_is_kept_and_a_dense_one_cannot_be_asked_to_be(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    ours(checkpoint("GPTNeoX"), NF4Config(head=True)).model.save_pretrained(tmp_path / "head")
+    loaded = ours(_with_tokenizer(tmp_path / "head", checkpoint("GPTNeoX")), KeepConfig())
+    assert loaded.quant == NF4Config(head=True) and isinstance(loaded.model.lm_head, FrozenLinear)
+    ours(checkpoint("GPTNeoX"), NF4Config()).model.save_pretrained(tmp_path / "dense")
+    with pytest.raises(ModelError, match=r"quant.head=true conflicts with the checkpoint, which holds lm_head"):
+        ours(_with_tokenizer(tmp_path / "dense", checkpoint("GPTNeoX")), NF4Config(head=True))
+
+
 def test_a_storage_we_do_not_read_is_named(checkpoint: Checkpoint, tmp_path: Path) -> None:
     shutil.copytree(checkpoint("Llama"), tmp_path / "base")
     config = json.loads((tmp_path / "base" / "config.json").read_text())
