@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from finetune.errors import RunError
 from finetune.training import checkpoint
+from finetune.training.held_out import HeldOut
 from finetune.training.run_directory import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -187,21 +188,29 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
         setup.run_training(tmp_path / "run", **dict(SETTINGS, max_steps=4))
 
 
-def test_the_best_weights_are_kept(tmp_path: Path) -> None:
-    """Too high a rate: the loss rises again, and what is handed back is the best, still after rotation."""
-    settings = dict(SETTINGS, epochs=3, eval_every=2, learning_rate=30.0, warmup_ratio=1.0, keep_checkpoints=1)
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Held-out losses in the order in which they are measured; the last one stays."""
+    losses = [5.0, 4.0, 3.0, 3.5, 3.2, 3.6]
+    monkeypatch.setattr(HeldOut, "loss", lambda self, signals: losses.pop(0) if len(losses) > 1 else losses[0])
+    return losses
+
+
+def test_the_best_weights_are_kept(tmp_path: Path, scripted: list[float]) -> None:
+    """What is handed back is the best, which rotation has spared."""
+    settings = dict(SETTINGS, epochs=3, eval_every=2, keep_checkpoints=1)
     result, tensors = setup.run_training(tmp_path / "run", **settings)
     evals = {line["step"]: line["eval_loss"] for line in curve(tmp_path / "run") if "eval_loss" in line}
     best = min((step for step in evals if step), key=lambda step: evals[step])
-    assert best < result.steps and result.best_step == best and result.best_eval == evals[best]
+    assert best == 4 and result.best_step == best and result.best_eval == evals[best]
     stored = checkpoint.read_tensors(tmp_path / f"run/checkpoints/step-{best:08d}", "parameters")
     assert all(torch.equal(tensors[name], stored[name]) for name in tensors)
     assert json.loads((tmp_path / "run/run.json").read_text())["best"] == {"step": best, "eval_loss": evals[best]}
 
 
-def test_early_stopping(tmp_path: Path) -> None:
-    settings = dict(SETTINGS, epochs=3, eval_every=1, learning_rate=30.0, warmup_ratio=1.0, early_stopping=3)
+def test_early_stopping(tmp_path: Path, scripted: list[float]) -> None:
+    settings = dict(SETTINGS, epochs=3, eval_every=1, early_stopping=3)
     result, _ = setup.run_training(tmp_path / "run", **settings)
-    assert result.status == "stopped_early" and result.steps == result.best_step + 3
+    assert result.status == "stopped_early" and result.steps == 5 and result.best_step == 2
     again, _ = setup.run_training(tmp_path / "run", **settings)
     assert again.status == "stopped_early" and again.steps == result.steps
