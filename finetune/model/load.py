@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from finetune.model.check import check_directory, check_path, read_json
+from finetune.model.check import check_directory, check_path, local_directory, read_json
 from finetune.model.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from finetune.quant.base import QuantConfig
 
-__all__ = ["Loaded", "check_path", "context_length", "load"]
+__all__ = ["Loaded", "check_path", "context_length", "load", "resolve"]
 
 POSITIONS = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len", "max_sequence_length", "n_ctx")
 """Under which configurations of transformers state how many positions a model was trained on."""
@@ -104,6 +104,15 @@ def load(model: ModelConfig, quant: QuantConfig, dtype: torch.dtype, device: str
     return Loaded(loaded, tokenizer, digests, base_path, quantization_config, notes, loading.quant)
 
 
+def resolve(model: ModelConfig) -> str:
+    """What transformers calls the base: its directory where it is on this machine, else the hub id.
+
+    Raises:
+        ModelError: where it is neither.
+    """
+    return str(local_directory(model) or model.path)
+
+
 def context_length(model: ModelConfig) -> int:
     """Positions the model was made for, by its configuration; 2048 where that says nothing.
 
@@ -111,14 +120,16 @@ def context_length(model: ModelConfig) -> int:
         ModelError: where the configuration cannot be read.
     """
     from finetune.model.hub import fetch
-    from finetune.model.pretrained import read_config
 
-    config = read_config(fetch(model, weights=False), model).get_text_config()
-    for key in POSITIONS:
-        value = getattr(config, key, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return USUAL_CONTEXT
+    directory = fetch(model, weights=False)
+    raw = read_json(directory / "config.json", f"{directory} is not a model: it has no config.json")
+    said = [part.get(key) for part in (raw.get("text_config") or {}, raw) for key in POSITIONS]
+    if not any(said):  # left to the defaults of its class: that takes transformers, and seconds
+        from finetune.model.pretrained import read_config
+
+        config = read_config(directory, model).get_text_config()
+        said = [getattr(config, key, None) for key in POSITIONS]
+    return next((value for value in said if isinstance(value, int) and value > 0), USUAL_CONTEXT)
 
 
 def _settings(quant: QuantConfig, stored: QuantConfig | None, where: str) -> QuantConfig:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from finetune.errors import ConfigError, ModelError
 from finetune.model.config import ModelConfig
@@ -158,9 +158,13 @@ def test_attention_is_the_one_asked_for(checkpoint: Checkpoint, ids: torch.Tenso
     torch.testing.assert_close(eager.model(ids).logits, sdpa.model(ids).logits, rtol=0, atol=2e-5)
 
 
-def test_context_length(checkpoint: Checkpoint) -> None:
+def test_context_length(checkpoint: Checkpoint, base: Path) -> None:
     assert context_length(ModelConfig(path=str(checkpoint("Llama")))) == 64
     assert context_length(ModelConfig(path=str(checkpoint("GPT2")))) == 64
+    config = json.loads((base / "config.json").read_text())
+    del config["max_position_embeddings"]  # left to the default of its class
+    (base / "config.json").write_text(json.dumps(config))
+    assert context_length(ModelConfig(path=str(base))) == LlamaConfig().max_position_embeddings
 
 
 def test_weights_that_do_not_fit_are_refused(base: Path) -> None:
