@@ -36,10 +36,12 @@ def check_path(config: AdapterConfig) -> None:
 
     Raises:
         ModelError: for a directory, settings or weights that are missing, unreadable or too new.
+        ConfigError: for settings that contradict the saved adapter's.
     """
     if config.path is None:
         return
     directory = Path(config.path)
     peft_format.read_config(directory)
     peft_format.check_header(directory)
+    config.check_saved(directory)
     read_provenance(directory)

@@ -49,6 +49,13 @@ class AdapterConfig:
                 f"adapter.train_also is {self.train_also!r}: expected a list of module names, e.g. [lm_head]"
             )
 
+    def check_saved(self, directory: Path) -> None:
+        """What the method can say against the adapter in `directory` (that of `path`) before any model is loaded.
+
+        Raises:
+            UserError: when it cannot be read, is of another method or contradicts these settings.
+        """
+
 
 ADAPTERS: Registry[AdapterConfig] = Registry("adapter", "finetune.adapters")
 """`ADAPTERS.build(config, model)` attaches to the model in place and returns an `Adapter`."""

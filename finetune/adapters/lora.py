@@ -56,6 +56,17 @@ class LoRAConfig(WeightConfig):
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"adapter.dropout is {self.dropout}: expected 0 or more and less than 1")
 
+    def check_saved(self, directory: Path) -> None:
+        """Refuse another method, settings that we do not compute, and another rank, alpha or rslora than set here."""
+        saved = read_saved(directory)
+        default = LoRAConfig()
+        for key in ("rank", "alpha", "rslora"):
+            mine, theirs = getattr(self, key), getattr(saved, key)
+            if mine not in (getattr(default, key), theirs):
+                raise ConfigError(
+                    f"adapter.{key} is {mine}, but the adapter {directory} has {theirs}: leave adapter.{key} out"
+                )
+
 
 @dataclass(frozen=True)
 class Size:
@@ -164,6 +175,7 @@ def build(config: LoRAConfig, model: nn.Module) -> LoRAAdapter:
     if config.path is None:
         plan = choose(model, structure, config)
         return LoRAAdapter(config, model, {p.name: Size(config.rank, config.alpha) for p in plan}, plan)
+    config.check_saved(Path(config.path))
     saved = read_saved(Path(config.path))
     plan, sizes = resolve_saved(saved, model, structure, Path(config.path))
     config = agreed(config, saved, model, structure, plan)
@@ -176,14 +188,10 @@ def agreed(
     """The configuration with the saved adapter's structure.
 
     Raises:
-        ConfigError: for a value that is neither the default nor what was saved, naming both.
+        ConfigError: for targets or modules that are neither the default nor what was saved, naming both.
     """
     default = LoRAConfig()
     where = f"the adapter {config.path}"
-    for key in ("rank", "alpha", "rslora"):
-        mine, theirs = getattr(config, key), getattr(saved, key)
-        if mine not in (getattr(default, key), theirs):
-            raise ConfigError(f"adapter.{key} is {mine}, but {where} has {theirs}: leave adapter.{key} out")
     if config.targets != default.targets and choose(model, structure, config) != plan:
         leaves = ", ".join(sorted({p.leaf for p in plan}))
         raise ConfigError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -182,6 +183,14 @@ def test_settings_of_ones_own_that_contradict_the_file(saved: Path, settings: di
     line = refused(saved, ConfigError, **settings)
     assert message in line
     assert str(saved) in line
+    if settings.keys() & {"rank", "alpha", "rslora"}:
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            check_path(LoRAConfig(path=str(saved), **settings))
+
+
+def test_what_peft_can_and_we_cannot_is_said_before_a_model_is_loaded(saved: Path) -> None:
+    assert "sets use_dora=True" in early(edit(saved, use_dora=True))
+    assert "is of method PREFIX_TUNING" in early(edit(saved, peft_type="PREFIX_TUNING"))
 
 
 def test_settings_that_agree_with_the_file(saved: Path) -> None:

@@ -15,6 +15,9 @@ from finetune.adapters.lora import LoRAConfig
 from finetune.adapters.lora_layers import LoRAExperts, LoRALinear
 from finetune.errors import ConfigError
 from finetune.quant.dense import DenseLinear
+from finetune.quant.freeze import freeze
+from finetune.quant.nf4 import NF4Config
+from finetune.structure import inspect
 
 
 def loss(model: nn.Module) -> Tensor:
@@ -153,9 +156,6 @@ def test_small_products_survive_a_16_bit_expert() -> None:
 @pytest.mark.parametrize("quant", QUANTS)
 def test_bf16_activations_with_fp32_factors(quant: str) -> None:
     base = make("llama").to(torch.bfloat16)
-    from finetune.quant.freeze import freeze
-    from finetune.structure import inspect
-
     freeze(base, QUANTS[quant](), inspect(base))
     before = logits(base)
     adapter = attach(base, LoRAConfig(rank=4, train_also=["lm_head", "embed_tokens", "norm"]))
@@ -175,10 +175,17 @@ def test_adapter_dtype_bf16() -> None:
     assert {p.grad.dtype for p in adapter.trainable().values()} == {torch.bfloat16}
 
 
-def test_gradient_checkpointing_does_not_starve_the_adapter() -> None:
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
+@pytest.mark.parametrize("quant", QUANTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_checkpointing_does_not_starve_the_adapter(family: str, quant: str) -> None:
     """The embedding is frozen, so the first block's input asks for no gradient."""
-    model, adapter = lora()
+    model, adapter = lora(family, quant)
     model.train()
+    model.config.attention_dropout = 0.0
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
     loss(model).backward()
     wanted = {name: p.grad.clone() for name, p in adapter.trainable().items()}
     model.zero_grad()
@@ -277,10 +284,6 @@ def test_a_trained_pair_stays_one_tensor() -> None:
 
 
 def test_a_quantized_head_trains_as_its_decoded_copy() -> None:
-    from finetune.quant.freeze import freeze
-    from finetune.quant.nf4 import NF4Config
-    from finetune.structure import inspect
-
     model = make("llama", tie_word_embeddings=False)
     freeze(model, NF4Config(head=True), inspect(model))
     before = logits(model)
@@ -301,6 +304,28 @@ def test_a_second_adapter_is_refused() -> None:
     model, _ = lora()
     with pytest.raises(ConfigError, match="attached already"):
         attach(model, LoRAConfig())
+
+
+def test_disabling_nests_and_ends_with_an_error() -> None:
+    model, adapter = lora()
+    moved = logits(model)
+    with pytest.raises(RuntimeError, match="inside"), adapter.disabled():
+        with adapter.disabled():
+            pass
+        assert not torch.equal(logits(model), moved)
+        raise RuntimeError("inside")
+    assert torch.equal(logits(model), moved)
+    with pytest.raises(RuntimeError, match="inside"), adapter.detached():
+        raise RuntimeError("inside")
+    assert torch.equal(logits(model), moved)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_structure_of_an_adapted_model_is_that_of_its_base(family: str) -> None:
+    base = inspect(frozen(family))
+    tied = {"train_also": ["lm_head", base.embeddings]}
+    model, _ = lora(family, **tied)
+    assert inspect(model) == base
 
 
 def test_merging_does_not_touch_the_stored_weights() -> None:
