@@ -205,10 +205,10 @@ def _read_array(path: Path) -> Iterator[RawRow]:
             place = skip(place + 1, " \t\r\n")
     if place >= len(text):
         raise DataError(f"{path} is broken JSON: the array that begins at its start is never closed")
-    if text[place + 1 :].strip():
-        raise DataError(
-            f"{path} is broken JSON: something follows the array at line {text.count(chr(10), 0, place) + 1}"
-        )
+    after = skip(place + 1, " \t\r\n")
+    if after < len(text):
+        where = text.count("\n", 0, after) + 1
+        raise DataError(f"{path} is broken JSON: something follows the array at line {where}")
 
 
 def _read_csv(path: Path) -> Iterator[RawRow]:

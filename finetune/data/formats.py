@@ -159,7 +159,7 @@ def _turn_list(row: Row, *names: str) -> Sequence[Row]:
 
 
 def _role(role: Any, roles: Mapping[str, str], number: int) -> str:
-    if role not in roles:
+    if not isinstance(role, str) or role not in roles:
         raise BadRow(f"turn {number} has the role {role!r}: expected {', '.join(roles)}{nearest(str(role), roles)}")
     return roles[role]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,8 @@ class OffsetTokenizer:
             )
         self.tokenizer = tokenizer
         self._passed_over: dict[str, bool] = {}
+        added = sorted(tokenizer.added_tokens_encoder, key=len, reverse=True)
+        self._added = re.compile("|".join(map(re.escape, added)) or "(?!)")  # (?!) matches nothing
 
     def __call__(self, texts: Sequence[str], add_special_tokens: bool) -> list[Tokens]:
         """Tokenize texts at once, in their order; never truncated.
@@ -83,6 +86,9 @@ class OffsetTokenizer:
         for character in set(text) - self._passed_over.keys():
             between, without = self._raw([f"a{character}a", "aa"], False)[0]
             self._passed_over[character] = between == without
-        if not any(self._passed_over[character] for character in set(text)):
-            return np.arange(len(text))
-        return np.array([i for i, character in enumerate(text) if not self._passed_over[character]], np.int64)
+        kept = np.ones(len(text), bool)
+        if any(self._passed_over[character] for character in set(text)):
+            kept[:] = [not self._passed_over[character] for character in text]
+            for match in self._added.finditer(text):  # found as a whole, whatever its characters are
+                kept[match.start() : match.end()] = True
+        return np.flatnonzero(kept)

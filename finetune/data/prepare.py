@@ -160,22 +160,33 @@ def _held_out(side: Side, plan: _Plan) -> list[int]:
 
 def _samples(plan: _Plan, side: Side, own: Side | None, held: list[int]) -> list[Sample]:
     """Prompts of held-out examples, read a second time so that no side is ever held in memory as text."""
+    parts = [(plan.eval_sources, plan.eval_forms, own, list(range(len(own.rows))))] if own else []
     samples: list[Sample] = []
-    groups = [(plan.eval_sources, plan.eval_forms, own, range(len(own.rows)))] if own else []
-    for sources, forms, part, rows in [*groups, (plan.sources, plan.forms, side, held)]:
-        first = sorted({(part.prompts[i], part.examples[i]) for i in rows})
-        wanted = {example for _, example in {prompt: (prompt, example) for prompt, example in reversed(first)}.values()}
-        rank = {example: place for place, (_, example) in enumerate(first)}
-        chosen = set(sorted(wanted, key=lambda example: rank[example])[: _SAMPLES - len(samples)])
+    for sources, forms, part, rows in [*parts, (plan.sources, plan.forms, side, held)]:
+        chosen = _different_prompts(part, rows)[: _SAMPLES - len(samples)]
         if not chosen:
             continue
-        number = 0
-        for source, form in zip(sources, forms, strict=True):
-            for example in read_examples(source, form, plan.config, SideReport(), Faults()):
-                if number in chosen:
-                    samples.append(sample(example.conversation, plan.template, plan.tokenizer))
-                number += 1
+        examples = (
+            example.conversation
+            for source, form in zip(sources, forms, strict=True)
+            for example in read_examples(source, form, plan.config, SideReport(), Faults())
+        )
+        wanted = set(chosen)
+        found = {
+            number: sample(conversation, plan.template, plan.tokenizer)
+            for number, conversation in zip(range(max(wanted) + 1), examples, strict=False)
+            if number in wanted
+        }
+        samples += [found[number] for number in chosen]
     return [item for item in samples if item.prompt_ids and len(item.prompt_ids) < plan.max_length]
+
+
+def _different_prompts(side: Side, rows: list[int]) -> list[int]:
+    """Numbers of the examples that the rows come from, one a prompt, by the prompts' digests."""
+    first: dict[bytes, int] = {}
+    for i in rows:
+        first.setdefault(side.prompts[i], side.examples[i])
+    return [first[prompt] for prompt in sorted(first)]
 
 
 def _tokenizer_digest(tokenizer: Any) -> str:

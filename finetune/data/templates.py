@@ -219,9 +219,8 @@ def _writer(template: ChatTemplate, tokenizer: Any, tools: list[dict[str, Any]] 
                 add_generation_prompt=add_generation_prompt,
             )  # fmt: skip
         except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise BadRow(
-                f"the chat template refuses it: {str(error).splitlines()[0] if str(error) else error!r}"
-            ) from None
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise BadRow(f"the chat template refuses it: {reason}") from None
 
     return write
 

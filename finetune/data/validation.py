@@ -79,7 +79,7 @@ class Faults:
         if self.count > max_bad_fraction * rows:
             share = 100 * self.count / rows
             raise DataError(
-                f"{key}: {self.count} of {rows} rows are faulty ({share:.2g} %, "
+                f"{key}: {self.count} of {rows} rows are faulty ({share:.3g} %, "
                 f"data.max_bad_fraction={max_bad_fraction:g} allows {100 * max_bad_fraction:g} %): {listed}"
             )
         if not usable:
