@@ -168,7 +168,8 @@ class _Loop:
         parameters = self.live.parameters.values()
         held = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
         moments = 2 * 4 * sum(parameter.numel() for parameter in parameters)
-        needed = checkpoint.planned_bytes(held, moments, self.config.keep_checkpoints)
+        saves = 1 + sum(self.total // every for every in (self.config.save_every, self.config.eval_every) if every)
+        needed = checkpoint.planned_bytes(held, moments, min(self.config.keep_checkpoints, saves))
         with self.live.group.together():
             if self.live.group.main:
                 require_space(self.directory.path, needed, "the checkpoints of this run")
