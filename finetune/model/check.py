@@ -76,6 +76,8 @@ def check_directory(directory: Path) -> list[Header]:
     adapter = (directory / "adapter_config.json").exists()
     hint = "; it holds an adapter: name it with adapter.path, and its base with model.path" if adapter else ""
     config = read_json(directory / "config.json", f"{directory} is not a model: it has no config.json{hint}")
+    if adapter:  # transformers would silently load the adapter, on whatever base that names
+        raise ModelError(f"{directory} holds an adapter (adapter_config.json) beside a model: move one of them away")
     if not config.get("model_type") and not config.get("architectures"):
         raise ModelError(
             f"{directory / 'config.json'} names no model_type: expected the config.json of a transformers model"

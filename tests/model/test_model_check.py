@@ -84,6 +84,11 @@ def test_not_a_model(base: Path, tmp_path: Path) -> None:
     refused(base, "config.json is a Git LFS pointer")
 
 
+def test_an_adapter_beside_a_model_is_not_loaded_with_it(base: Path) -> None:
+    (base / "adapter_config.json").write_text("{}")
+    refused(base, "holds an adapter .* beside a model")
+
+
 def test_pickle_weights_are_refused_by_name(base: Path) -> None:
     for file in base.glob("*.safetensors*"):
         file.unlink()
