@@ -35,9 +35,7 @@ class FullCopy(nn.Module):
 
     def __init__(self, base: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
-        self.base = base
-        self.enabled = True
-        self.trained = dense_copy(base)
+        self.base, self.trained = base, dense_copy(base)
         for parameter in self.trained.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)
@@ -45,6 +43,7 @@ class FullCopy(nn.Module):
         stored = [p.dtype for p in base.parameters() if p.is_floating_point()]
         # What is decoded computes in the dtype of its input, like the frozen layer it stands for.
         self.dtype = None if isinstance(base, FrozenWeight) or not stored else stored[0]
+        self.enabled = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module with the trained weights, or the stored one while disabled."""
@@ -58,8 +57,9 @@ class FullCopy(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            active = self._modules.get("trained" if self.enabled else "base")
-            value = getattr(active, name)
+            if "enabled" not in self.__dict__:  # not built yet, or being copied
+                raise
+            value = getattr(self.trained if self.enabled else self.base, name)
             cast = self.enabled and self.dtype is not None and isinstance(value, nn.Parameter)
             return value.to(self.dtype) if cast else value
 

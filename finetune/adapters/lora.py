@@ -21,7 +21,7 @@ from finetune.adapters.full_copy import resolve_modules
 from finetune.adapters.lora_layers import LoRAExperts, LoRALinear, transposed_factors
 from finetune.adapters.peft_lora import Saved, read_saved, resolve_saved
 from finetune.adapters.weight import WeightAdapter, WeightConfig, choose
-from finetune.errors import ConfigError
+from finetune.errors import ConfigError, ModelError
 from finetune.quant.base import FrozenExperts, FrozenLinear
 from finetune.structure import Projection, Structure, inspect
 
@@ -132,6 +132,21 @@ class LoRAAdapter(WeightAdapter):
             for factor in ("lora_A", "lora_B"):
                 keys[f"{peft_format.PREFIX}{name}.{factor}.weight"] = getattr(module, factor).weight
         return keys | self.copy_keys()
+
+    def check_settings(self, directory: Path, saved: Mapping[str, Any]) -> None:
+        """Refuse another rank, alpha or rslora; dropout plays no part after training."""
+        theirs = read_saved(directory)
+        if theirs.rslora != self.config.rslora:
+            raise ModelError(
+                f"adapter {directory} has rslora {theirs.rslora}, but it is attached with {self.config.rslora}"
+            )
+        for name, size in self.sizes.items():
+            rank, alpha = theirs.size_of(name)
+            if (rank, alpha) != (size.rank, size.alpha):
+                raise ModelError(
+                    f"adapter {directory} has rank {rank} and alpha {alpha:g} for {name}, but it is attached with"
+                    f" rank {size.rank} and alpha {size.alpha:g}"
+                )
 
     def from_file(self, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Turns the stacked experts of PEFT before 0.20 into their present layout; see `stacks_by_output`."""

@@ -52,6 +52,12 @@ class Saved:
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
 
+    def size_of(self, name: str) -> tuple[int, float]:
+        """Rank and alpha of a projection."""
+        rank = peft_format.by_pattern(self.rank_pattern, name, self.rank)
+        alpha = peft_format.by_pattern(self.alpha_pattern, name, self.alpha)
+        return int(rank), float(alpha)
+
     def to_peft(self, base: str | None, fan_in_fan_out: bool) -> dict[str, Any]:
         """The content of adapter_config.json.
 
@@ -187,13 +193,7 @@ def resolve_saved(
             f"adapter {path} adapts {', '.join([*names, *saved.target_parameters])}, of which this model has nothing:"
             f" have {', '.join(sorted({p.leaf for p in structure.projections}))}"
         )
-    return plan, {
-        p.name: (
-            int(peft_format.by_pattern(saved.rank_pattern, p.name, saved.rank)),
-            float(peft_format.by_pattern(saved.alpha_pattern, p.name, saved.alpha)),
-        )
-        for p in plan
-    }
+    return plan, {p.name: saved.size_of(p.name) for p in plan}
 
 
 def _adapts(saved: Saved, projection: Projection, head: Projection | None) -> bool:

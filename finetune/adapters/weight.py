@@ -9,6 +9,7 @@ Shape suffixes: B leading dimensions, O out features, I in features, E experts.
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from finetune.adapters import peft_format
 from finetune.adapters.base import DTYPES, Adapter, AdapterConfig
 from finetune.adapters.full_copy import FullCopy, build_copies, resolve_modules
 from finetune.adapters.targets import ALL_LINEAR, check_targets, select
-from finetune.errors import ConfigError
+from finetune.errors import ConfigError, ModelError
 from finetune.quant.base import FrozenExperts, FrozenLinear, FrozenWeight
 from finetune.structure import Projection, Structure, inspect
 
@@ -219,7 +220,7 @@ class WeightAdapter(Adapter):
                 yield f"{projection.name}.weight", weight.T.contiguous() if projection.transposed else weight
         for name, whole in self.copies.items():
             for leaf, parameter in whole.trained.named_parameters():
-                yield f"{name}.{leaf}", parameter.detach().float()
+                yield f"{name}.{leaf}", parameter.detach().to(torch.float32, copy=True)
 
     def file_keys(self) -> dict[str, nn.Parameter]:
         """Keys of adapter_model.safetensors and the parameters they fill; tied modules have a key each."""
@@ -252,11 +253,26 @@ class WeightAdapter(Adapter):
         """Fill the attached tensors from a directory that `save` (or PEFT) wrote.
 
         Raises:
-            ModelError: for another method, or missing, unexpected or mis-shaped tensors.
+            ModelError: for another method or other settings, or missing, unexpected or mis-shaped tensors.
         """
-        saved = peft_format.read_config(Path(directory))
-        peft_format.check_method(Path(directory), saved, self.file_config())
-        self.fill(directory, self.from_file(saved, peft_format.read_tensors(Path(directory))))
+        directory = Path(directory)
+        saved = peft_format.read_config(directory)
+        peft_format.check_method(directory, saved, self.file_config())
+        self.check_settings(directory, saved)
+        self.fill(directory, self.from_file(saved, peft_format.read_tensors(directory)))
+
+    def check_settings(self, directory: Path, saved: Mapping[str, Any]) -> None:
+        """Refuse a file whose settings would make its tensors mean something else here.
+
+        What the tensors' names and shapes say is checked by them; a method whose settings include some that do not
+        matter once it is trained overrides this.
+
+        Raises:
+            ModelError: naming the setting and both values.
+        """
+        for key, mine in json.loads(json.dumps(self.file_config())).items():
+            if key not in ("dtype", "targets", "train_also") and saved.get(key) != mine:
+                raise ModelError(f"adapter {directory} has {key} {saved.get(key)!r}, but here it is {mine!r}")
 
     def from_file(self, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of a file in today's layout; a method with more than one layout turns the others into it here."""
@@ -266,12 +282,13 @@ class WeightAdapter(Adapter):
     def fill(self, directory: Path, tensors: Mapping[str, Tensor]) -> None:
         """Copy tensors by file key into the attached parameters, after checking that they fit exactly."""
         keys = self.file_keys()
-        peft_format.check_tensors(Path(directory), {key: p.shape for key, p in keys.items()}, tensors)
-        filled: dict[int, str] = {}
+        peft_format.check_tensors(directory, {key: p.shape for key, p in keys.items()}, tensors)
+        first: dict[int, str] = {}
         for key, parameter in keys.items():
-            first = filled.setdefault(id(parameter), key)
-            if first != key and not torch.equal(tensors[first], tensors[key]):
-                raise peft_format.torn(Path(directory), first, key)
+            other = first.setdefault(id(parameter), key)
+            if other != key and not torch.equal(tensors[other], tensors[key]):
+                raise peft_format.torn(directory, other, key)
+        for key, parameter in keys.items():
             parameter.copy_(tensors[key])
 
 

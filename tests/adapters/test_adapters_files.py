@@ -206,6 +206,20 @@ def test_an_adapter_of_another_family(saved: Path) -> None:
         attach(frozen("gpt2"), LoRAConfig(path=str(saved)))
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank": 8}, "has rank 4 and alpha 8 for model.layers.0.self_attn.q_proj, but it is attached with rank 8"),
+        ({"alpha": 16.0}, "has rank 4 and alpha 8 for .* but it is attached with rank 4 and alpha 16"),
+        ({"rslora": True}, "has rslora False, but it is attached with True"),
+    ],
+)
+def test_loading_into_an_adapter_of_other_settings(saved: Path, settings: dict, message: str) -> None:
+    _, adapter = lora("llama", targets=["q_proj", "v_proj"], **settings)
+    with pytest.raises(ModelError, match=message):
+        adapter.load(saved)
+
+
 def test_two_values_for_one_tied_tensor(tmp_path: Path) -> None:
     _, adapter = lora("llama", tied=False, train_also=["lm_head", "embed_tokens"])
     adapter.save(tmp_path)
