@@ -105,8 +105,8 @@ def _nearest(unit_N: Tensor, decision: books.Decision) -> Tensor:
 def nest_absmax(absmax_G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Double quantization (QLoRA, section 3): (uint8 codes [G], nested absmax [ceil(G / 256)], offset [1]).
 
-    The codes come from bitsandbytes' CPU table on every device, so that a checkpoint does not depend on where it was
-    made; a block of zeros gets code 0.
+    The codes come from bitsandbytes' CPU table on every device; its CUDA kernel gives .15 % of them one to the side. A
+    group of zeros gets code 0.
     """
     offset = absmax_G.mean()
     centred = absmax_G - offset
@@ -114,10 +114,10 @@ def nest_absmax(absmax_G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     groups = -(-count // NESTED_BLOCK)
     padded = torch.nn.functional.pad(centred, (0, groups * NESTED_BLOCK - count)).view(groups, NESTED_BLOCK)
     nested = padded.abs().amax(dim=1)
-    unit = (padded * nested.reciprocal().unsqueeze(1)).clamp(-1, 1)
-    # The clamp is for NaN, whose integer differs by machine; every other index is in range already.
-    index = ((unit + 1) * 0.5 * 65535 + 0.5).int().clamp_(0, 65535)
-    codes = books.dynamic_lookup(absmax_G.device)[index.masked_fill_((nested == 0).unsqueeze(1), 0)]
+    # A group of zeros becomes 0 * infinity = NaN here, and then code 0.
+    unit = (padded * nested.reciprocal().unsqueeze(1)).nan_to_num_(nan=-1).clamp_(-1, 1)
+    index = ((unit + 1) * 0.5 * 65535 + 0.5).int()
+    codes = books.dynamic_lookup(absmax_G.device)[index]
     return codes.view(-1)[:count].clone(), nested, offset.reshape(1)
 
 

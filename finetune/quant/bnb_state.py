@@ -20,7 +20,7 @@ from finetune.kernels import codebook as books
 from finetune.kernels.reference import NESTED_BLOCK, Packed4bit
 
 if TYPE_CHECKING:
-    from finetune.quant.codebook4 import Codebook4
+    from finetune.quant.codebook4_storage import Codebook4
 
 _STATE = "weight.quant_state.bitsandbytes__"
 _FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

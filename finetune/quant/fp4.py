@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.quant.base import QUANTIZERS
-from finetune.quant.codebook4 import Codebook4, Codebook4Config, build_codebook4
+from finetune.quant.codebook4 import build_codebook4
+from finetune.quant.codebook4_storage import Codebook4, Codebook4Config
 
 
 @dataclass

@@ -58,6 +58,26 @@ def test_quantize_is_bit_exact_with_bitsandbytes(codebook: str, double_quant: bo
                 assert torch.equal(packed.offset, state.offset.reshape(1)), where
 
 
+@pytest.mark.parametrize("codebook", books.CODEBOOKS)
+def test_ties_fall_as_in_bitsandbytes(codebook: str) -> None:
+    """Weights on the decision points: whole blocks multiply by the reciprocal of absmax, a last short one divides."""
+    oracle = pytest.importorskip("bitsandbytes.functional")
+    mids = books.midpoints(books.table(codebook, torch.device("cpu")).sort().values)
+    for scale in (torch.rand(300, generator=torch.Generator().manual_seed(3)) + 0.5).tolist():
+        w = torch.cat([torch.tensor([1.0]), mids, torch.zeros(16), torch.tensor([-1.0]), mids]) * scale
+        codes, _ = oracle.quantize_4bit(w, blocksize=32, quant_type=codebook)
+        assert torch.equal(reference.quantize_4bit(w, codebook, 32, False).codes_P1, codes), scale
+
+
+def test_equal_blocks_leave_nothing_to_nest() -> None:
+    oracle = pytest.importorskip("bitsandbytes.functional")
+    w = torch.full((300, 256), 0.5)
+    _, state = oracle.quantize_4bit(w, blocksize=64, compress_statistics=True, quant_type="nf4")
+    packed = reference.quantize_4bit(w, "nf4", 64, True)
+    assert not packed.nested_absmax.any() and torch.equal(packed.absmax_G, state.absmax)
+    assert torch.equal(reference.dequantize_4bit(packed, "nf4", 64, [300, 256], torch.float32), w)
+
+
 def test_nested_codes_are_bit_exact_over_many_groups() -> None:
     oracle = pytest.importorskip("bitsandbytes.functional")
     absmax = weights((1000, 257)).abs().view(-1)
