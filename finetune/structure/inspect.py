@@ -26,7 +26,7 @@ def inspect(model: nn.Module) -> Structure:
     """
     head, embeddings = _accessor(model, "get_output_embeddings"), _accessor(model, "get_input_embeddings")
     names = {id(module): name for name, module in model.named_modules()}
-    blocks = _blocks(model, exclude={id(head), id(embeddings)})
+    blocks = _blocks(model)
     projections: list[Projection] = []
     for index, block in enumerate(blocks):
         module = model.get_submodule(block)
@@ -103,13 +103,13 @@ def _projections(module: nn.Module, prefix: str) -> Iterator[Projection]:
             yield from _projections(child, f"{prefix}.{name}" if prefix else name)
 
 
-def _blocks(model: nn.Module, exclude: set[int]) -> list[str]:
+def _blocks(model: nn.Module) -> list[str]:
     """Names of the entries of the outermost ModuleList with most projection weights."""
     best: list[str] = []
     best_weights = 0
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or name.startswith(inside or "\0") or id(module) in exclude:
+        if not isinstance(module, nn.ModuleList) or name.startswith(inside):
             continue
         inside += (f"{name}.",)
         weights = sum(p.in_features * p.out_features * p.experts for p in _projections(module, name))
