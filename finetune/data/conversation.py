@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -49,14 +49,14 @@ class Conversation:
 
     def digest(self) -> bytes:
         """16 bytes that only an equal conversation has."""
-        return _digest([asdict(self)])
+        return _digest([self.turns, self.tools, self.plain])
 
     def prompt_digest(self) -> bytes:
         """16 bytes shared by conversations that begin alike, up to the first learnt turn; of a plain text all of it."""
         first = next((i for i, turn in enumerate(self.turns) if turn.learn), 0)
-        return _digest([asdict(turn) for turn in self.turns[:first]]) if first else self.digest()
+        return _digest([self.turns[:first]]) if first else self.digest()
 
 
 def _digest(value: Any) -> bytes:
-    text = json.dumps(value, sort_keys=True, ensure_ascii=True, default=str)
+    text = json.dumps(value, sort_keys=True, default=lambda item: list(vars(item).values()))
     return hashlib.blake2b(text.encode(), digest_size=16).digest()

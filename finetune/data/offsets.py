@@ -53,10 +53,14 @@ class OffsetTokenizer:
             texts: to tokenize.
             add_special_tokens: whether the tokenizer puts its own around each text.
         """
-        return [
-            self._repaired(text, ids, offsets, add_special_tokens)
-            for text, ids, offsets in zip(texts, *self._raw(texts, add_special_tokens), strict=True)
-        ]
+        all_ids, all_offsets = self._raw(texts, add_special_tokens)
+        kept = {i: places for i, text in enumerate(texts) if (places := self._kept(text)) is not None}
+        if kept:
+            shorter = ["".join(texts[i][place] for place in places) for i, places in kept.items()]
+            for i, ids, offsets in zip(kept, *self._raw(shorter, add_special_tokens), strict=True):
+                if ids == all_ids[i]:
+                    all_offsets[i] = _moved(offsets, kept[i])
+        return [_with_trimmed_space(ids, offsets) for ids, offsets in zip(all_ids, all_offsets, strict=True)]
 
     def _raw(self, texts: Sequence[str], add_special_tokens: bool) -> tuple[list[list[int]], list[np.ndarray]]:
         tokens = self.tokenizer(
@@ -65,30 +69,32 @@ class OffsetTokenizer:
         )  # fmt: skip
         return tokens["input_ids"], [np.asarray(item, np.int64).reshape(-1, 2) for item in tokens["offset_mapping"]]
 
-    def _repaired(self, text: str, ids: list[int], offsets: np.ndarray, add_special_tokens: bool) -> Tokens:
-        kept = self._kept(text)
-        if len(kept) < len(text):
-            shorter = "".join(text[i] for i in kept)
-            short_ids, short_offsets = self._raw([shorter], add_special_tokens)
-            moved = short_offsets[0]
-            if short_ids[0] == ids:  # then its offsets, which are right, say where the tokens stand among what was kept
-                filled = moved[:, 1] > moved[:, 0]
-                offsets = np.where(filled[:, None], 0, moved)
-                offsets[filled, 0] = kept[moved[filled, 0]]
-                offsets[filled, 1] = kept[moved[filled, 1] - 1] + 1
-        starts, ends = offsets.T
-        before = np.concatenate([[0], np.maximum.accumulate(ends)[:-1]]) if len(ends) else ends
-        starts = np.where(starts == ends, np.minimum(before, starts), starts)
-        return Tokens(np.asarray(ids, np.int32), starts, ends)
-
-    def _kept(self, text: str) -> np.ndarray:
-        """Places of the characters that the tokenizer does not pass over."""
-        for character in set(text) - self._passed_over.keys():
+    def _kept(self, text: str) -> np.ndarray | None:
+        """Places of the characters that the tokenizer does not pass over; None where it passes over none."""
+        characters = set(text)
+        for character in characters - self._passed_over.keys():
             between, without = self._raw([f"a{character}a", "aa"], False)[0]
             self._passed_over[character] = between == without
-        kept = np.ones(len(text), bool)
-        if any(self._passed_over[character] for character in set(text)):
-            kept[:] = [not self._passed_over[character] for character in text]
-            for match in self._added.finditer(text):  # found as a whole, whatever its characters are
-                kept[match.start() : match.end()] = True
+        gone = {character for character in characters if self._passed_over[character]}
+        if not gone:
+            return None
+        kept = np.array([character not in gone for character in text])
+        for match in self._added.finditer(text):  # found as a whole, whatever its characters are
+            kept[match.start() : match.end()] = True
         return np.flatnonzero(kept)
+
+
+def _moved(offsets: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """Offsets in the text from offsets among the characters that were kept of it."""
+    filled = offsets[:, 1] > offsets[:, 0]
+    moved = np.zeros_like(offsets)
+    moved[filled, 0] = kept[offsets[filled, 0]]
+    moved[filled, 1] = kept[offsets[filled, 1] - 1] + 1
+    return moved
+
+
+def _with_trimmed_space(ids: list[int], offsets: np.ndarray) -> Tokens:
+    """The tokens; one without characters gets those between its neighbours, if there are any."""
+    starts, ends = offsets.T
+    before = np.concatenate([[0], np.maximum.accumulate(ends)[:-1]]) if len(ends) else ends
+    return Tokens(np.asarray(ids, np.int32), np.where(starts == ends, np.minimum(before, starts), starts), ends)

@@ -16,10 +16,10 @@ from finetune.data.lengths import longest
 from finetune.data.report import DataReport, SideReport
 from finetune.data.rows import IGNORE, TokenRows
 from finetune.data.samples import Sample, sample
-from finetune.data.sources import PYDOCS, Source, resolve
+from finetune.data.sources import PYDOCS, Source, recognise_all, resolve
 from finetune.data.split import held_out
 from finetune.data.templates import ChatTemplate, choose_template
-from finetune.data.tokenizing import Side, as_weighted, read_examples, recognise_all, take, tokenize_side
+from finetune.data.tokenizing import Side, as_weighted, read_examples, take, tokenize_side
 from finetune.data.validation import Faults
 from finetune.errors import DataError
 

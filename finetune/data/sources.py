@@ -8,16 +8,20 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 from finetune.data.config import DataConfig
 from finetune.data.files import SUFFIXES, RawRow, check_file, directory_files, missing, read_file
+from finetune.data.formats import Format, recognise
 from finetune.data.templates import check_chat_template
 from finetune.errors import ConfigError, DataError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.+-]+){0,2}")
 PYDOCS = "pydocs"
+_PEEK = 20
+"""Rows that a format is recognised from."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,8 @@ def resolve(value: Any, key: str, side: Literal["train", "eval"] = "train") -> l
 def check_sources(config: DataConfig) -> None:
     """Look at what can be seen without a tokenizer, so that a mistake shows before a model is loaded.
 
-    Every file must exist, hold something, and begin like what its name promises; a chat template file must parse.
+    Every file must exist, hold something, begin like what its name promises, and have first rows of a known format; a
+    chat template file must parse. Hub datasets and pydocs are left to `prepare`.
 
     Raises:
         DataError: naming the file and what is wrong with it.
@@ -121,6 +126,17 @@ def check_sources(config: DataConfig) -> None:
     for source in named:
         for path in source.files:
             check_file(path)
+        if source.files or source.rows is not None:
+            recognise_all(config, [source])
+
+
+def recognise_all(config: DataConfig, sources: list[Source]) -> list[Format]:
+    """The format of each source, from its first rows.
+
+    Raises:
+        DataError: when one has none that is known.
+    """
+    return [recognise(config, source.name, list(islice(source.read(), _PEEK))) for source in sources]
 
 
 def _weight(name: Any, weight: Any, key: str) -> float:

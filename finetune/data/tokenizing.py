@@ -12,7 +12,7 @@ import numpy as np
 from finetune.data.columns import describe, rename
 from finetune.data.config import DataConfig
 from finetune.data.conversation import BadRow, Conversation
-from finetune.data.formats import Format, recognise
+from finetune.data.formats import Format
 from finetune.data.lengths import fit
 from finetune.data.masking import Masker
 from finetune.data.report import SideReport
@@ -21,8 +21,6 @@ from finetune.data.sources import Source
 from finetune.data.templates import ChatTemplate, Rendered, render
 from finetune.data.validation import Faults, check_turns
 
-_PEEK = 20
-"""Rows that a format is recognised from."""
 _CHUNK = 256
 """Rows tokenized at once."""
 
@@ -55,15 +53,6 @@ class Side:
     examples: list[int] = field(default_factory=list)
     sources: list[int] = field(default_factory=list)
     report: SideReport = field(default_factory=SideReport)
-
-
-def recognise_all(config: DataConfig, sources: list[Source]) -> list[Format]:
-    """The format of each source, from its first rows.
-
-    Raises:
-        DataError: when one has none that is known.
-    """
-    return [recognise(config, source.name, list(islice(source.read(), _PEEK))) for source in sources]
 
 
 def read_examples(
@@ -116,14 +105,13 @@ def tokenize_side(
         stream = read_examples(source, form, config, side.report, faults)
         while chunk := list(islice(stream, _CHUNK)):
             for index, rows in _tokenize_chunk(chunk, config, masker, template, max_length, side.report, faults):
-                example = chunk[index].conversation
-                for row in rows:
-                    collected.append(row)
-                    side.prompts.append(example.prompt_digest())
-                    side.digests.append(example.digest())
-                    side.weights.append(source.weight)
-                    side.examples.append(count + index)
-                    side.sources.append(number)
+                example, times = chunk[index].conversation, len(rows)
+                collected += rows
+                side.prompts += [example.prompt_digest()] * times
+                side.digests += [example.digest()] * times
+                side.weights += [source.weight] * times
+                side.examples += [count + index] * times
+                side.sources += [number] * times
             count += len(chunk)
     side.report.faulty, side.report.faults = faults.count, faults.shown
     long = side.report.too_long

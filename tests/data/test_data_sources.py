@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -266,3 +268,24 @@ def test_a_digest_follows_the_bytes(tmp_path: Path) -> None:
     path.write_text(LINES.replace("answer 1", "answer x"))
     assert resolve(str(path), "data.train")[0].digest() != before
     assert resolve([{"text": "a"}], "data.train")[0].digest() != resolve([{"text": "b"}], "data.train")[0].digest()
+
+
+def test_a_format_that_is_not_recognised_shows_before_any_model_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"question": "q", "answer": "a"}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl: no format recognised: its rows have question, answer"):
+        check_sources(DataConfig(train=str(tmp_path / "a.jsonl")))
+    with pytest.raises(DataError, match=r"data\.eval row: no format recognised"):
+        check_sources(DataConfig(train=[{"text": "a"}], eval=[{"question": "q"}]))
+    check_sources(DataConfig(train=str(tmp_path / "a.jsonl"), columns={"prompt": "question", "completion": "answer"}))
+
+
+def test_looking_at_sources_loads_neither_torch_nor_transformers(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(LINES)
+    code = (
+        "import sys\nfrom finetune.data.config import DataConfig\nfrom finetune.data.sources import check_sources\n"
+        f"check_sources(DataConfig(train={str(tmp_path / 'a.jsonl')!r}))\n"
+        "print([name for name in ('torch', 'transformers', 'datasets', 'pyarrow') if name in sys.modules])"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
