@@ -231,6 +231,29 @@ def test_a_hub_id_without_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert "\n" not in str(caught.value)
 
 
+def test_a_hub_id_from_the_cache(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ids: torch.Tensor
+) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    commit, source = "0" * 40, checkpoint("Llama", shard="200KB")
+    repository = tmp_path / "models--nobody--something"
+    snapshot = Path(shutil.copytree(source, repository / "snapshots" / commit))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    loaded = ours(Path("nobody/something"))
+    assert loaded.base_path == "nobody/something"
+    assert torch.equal(loaded.model(ids).logits, ours(source).model(ids).logits)
+    assert context_length(ModelConfig(path="nobody/something")) == 64
+    with pytest.raises(ModelError, match="at revision v2"):
+        ours(Path("nobody/something"), revision="v2")
+    next(snapshot.glob("model-00002*")).unlink()
+    with pytest.raises(ModelError, match="lacks the shard model-00002"):
+        ours(Path("nobody/something"))
+
+
 def test_sequential_modules_keep_their_order(checkpoint: Checkpoint) -> None:
     loaded, dense = ours(checkpoint("Llama")), plain(checkpoint("Llama"))
     names = [name for name, module in dense.named_modules() if isinstance(module, nn.Linear)]
