@@ -197,7 +197,8 @@ def resumed(saved: DictConfig, given: DictConfig, overrides: list[str], director
         if key == "resume":
             continue
         if any(key == allowed or key.startswith(allowed + ".") for allowed in RESUMABLE):
-            OmegaConf.update(result, key, OmegaConf.select(given, key), force_add=True)
+            # A node of another type (tracking=off) replaces the old one; merging would refuse it.
+            OmegaConf.update(result, key, OmegaConf.select(given, key), merge=False, force_add=True)
             continue
         before, after = OmegaConf.select(saved, key), OmegaConf.select(given, key)
         if before != after:

@@ -112,7 +112,7 @@ def test_the_headline_is_the_paper_s_recipe() -> None:
 def test_a_sweep_is_the_product_of_its_lists() -> None:
     assert expand(["adapter.rank=4,8", "seed=0", "train.learning_rate=1e-3,2e-3"]) == [
         [f"adapter.rank={rank}", "seed=0", f"train.learning_rate={rate}"]
-        for rank, rate in itertools.product(("4", "8"), ("1e-3", "2e-3"))
+        for rank, rate in itertools.product(("4", "8"), ("0.001", "0.002"))
     ]
 
 

@@ -12,8 +12,9 @@ PACKAGE = ROOT / "finetune"
 
 FLOORS = [
     {"__init__", "__main__"},
-    {"cli"},
-    {"pipeline", "api", "compose", "doctor"},
+    {"cli", "api"},
+    {"pipeline", "compose"},
+    {"doctor"},
     {"config", "report", "samples"},
     {"training", "export"},
     {"evaluation"},

@@ -1,0 +1,175 @@
+"""The same rooms from Python: `load`, `attach`, `train`, `export`.
+
+What belongs to a loaded model (digests, its adapter, the held-out rows of its training) is kept beside it, weakly, so
+that the four calls need not hand it round.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from finetune.adapters.base import Adapter, AdapterConfig
+from finetune.config import RunConfig
+from finetune.data.config import DataConfig
+from finetune.data.rows import TokenRows
+from finetune.errors import ConfigError
+from finetune.export.base import Proof
+from finetune.export.config import ExportConfig
+from finetune.model.config import ModelConfig
+from finetune.quant.base import QuantConfig
+from finetune.training.config import ObjectiveConfig, OptimConfig, TrainConfig
+from finetune.training.protocols import TrainResult
+
+
+@dataclass
+class Known:
+    """What is known of a loaded model. `loaded` holds everything but the model itself, which stays the caller's alone."""
+
+    loaded: Any
+    dtype: str
+    path: ModelConfig
+    adapter: Adapter | None = None
+    eval_rows: TokenRows | None = None
+
+
+_known: weakref.WeakKeyDictionary[nn.Module, Known] = weakref.WeakKeyDictionary()
+
+
+def load(
+    path: str | ModelConfig, quant: QuantConfig | None = None, *, dtype: str = "auto", device: str = "auto"
+) -> tuple[Any, Any]:
+    """A frozen base and its tokenizer, streamed from a directory or hub id.
+
+    Args:
+        path: directory, hub id, `embedded`, or a whole ModelConfig.
+        quant: how its projections are stored; None keeps the checkpoint's own storage.
+        dtype: auto | bf16 | fp16 | fp32, of what is not quantized.
+        device: auto | cpu | cuda | cuda:N | mps.
+
+    Raises:
+        UserError: in one line, for anything the caller can mend.
+    """
+    from finetune.model.load import load as load_model
+    from finetune.pipeline import check_device, make_accelerator, resolve_dtype, torch_dtype
+    from finetune.quant.keep import KeepConfig
+
+    check_device(device)
+    config = path if isinstance(path, ModelConfig) else ModelConfig(path=str(path))
+    target = make_accelerator(device).device
+    resolved = resolve_dtype(dtype, target)
+    loaded = load_model(config, quant or KeepConfig(), torch_dtype(resolved), str(target))
+    _known[loaded.model] = Known(replace(loaded, model=nn.Identity()), resolved, config)
+    return loaded.model, loaded.tokenizer
+
+
+def attach(model: Any, config: AdapterConfig) -> Adapter:
+    """Attach what is trained; everything else in the model is frozen.
+
+    Raises:
+        UserError: for a pattern that matches nothing, a rank above the matrix, a saved adapter that does not fit.
+    """
+    from finetune.adapters.attach import attach as attach_adapter
+    from finetune.adapters.provenance import check_provenance
+
+    known = _of(model)
+    if config.path is not None:
+        for note in check_provenance(Path(config.path), known.loaded.digests, config.allow_other_quant):
+            print(note)
+    known.adapter = attach_adapter(model, config)
+    return known.adapter
+
+
+def train(
+    model: Any, tokenizer: Any, data: Any, adapter: Adapter, *, train: TrainConfig | None = None,
+    optim: OptimConfig | None = None, objective: ObjectiveConfig | None = None, seed: int = 0, name: str = "run",
+    output_dir: str | Path | None = None,
+) -> TrainResult:
+    """Fine-tune with the same loop as the command line; metrics, checkpoints and the adapter go to a run directory.
+
+    Args:
+        model, tokenizer: from `load`.
+        data: a path, hub id or list of rows, or a whole DataConfig.
+        adapter: from `attach`.
+        train, optim, objective: settings; the defaults are one epoch of AdamW on the learnt tokens.
+        seed: of dropout and of the order of the rows.
+        name, output_dir: the run directory is runs/<name>/<timestamp> unless `output_dir` names it.
+
+    Raises:
+        UserError: in one line, for anything the caller can mend.
+    """
+    from omegaconf import OmegaConf
+
+    from finetune.pipeline import Runner, make_accelerator
+    from finetune.training.objectives.sft import SFTConfig
+    from finetune.training.optimizers.adamw import AdamWConfig
+    from finetune.training.run_directory import RunDirectory
+    from finetune.training.trackers.off import OffConfig
+
+    known = _of(model)
+    settings = train or TrainConfig()
+    settings.dtype = known.dtype
+    config = RunConfig(
+        name=name, seed=seed, model=known.path, adapter=adapter.config, train=settings,
+        data=data if isinstance(data, DataConfig) else DataConfig(train=data),
+        optim=optim or AdamWConfig(), objective=objective or SFTConfig(), tracking=OffConfig(),
+    )
+    accelerator = make_accelerator(str(next(model.parameters()).device))
+    with RunDirectory.create(name, None if output_dir is None else str(output_dir)) as run:
+        runner = Runner(config, OmegaConf.create({}), accelerator, run)
+        runner.loaded, runner.adapter = replace(known.loaded, model=model), adapter
+        runner.loaded.tokenizer = tokenizer
+        runner.prepare()
+        runner.track()
+        if settings.preflight:
+            runner.preflight()
+        result = runner.train()
+        runner.save_adapter()
+        run.update(status="interrupted" if result.status == "interrupted" else "finished")
+    known.eval_rows = runner.data.eval
+    return result
+
+
+def export(
+    model: Any, tokenizer: Any, directory: str | Path, formats: Sequence[str], *, data: Any = None,
+    config: ExportConfig | None = None,
+) -> list[Proof]:
+    """Write merged models and prove each in a fresh interpreter.
+
+    Args:
+        model, tokenizer: from `load`, adapted and trained or not.
+        directory: gets one directory a format, each with its export.json.
+        formats: of `safetensors`, `bnb-nf4`, `peft`.
+        data: held-out rows for the proof, as in `train`; None takes those of the last training.
+        config: gates; its `formats` are replaced by `formats`.
+
+    Raises:
+        ConfigError: for an unknown format, or when there are no held-out rows to prove on.
+    """
+    from finetune.data.prepare import prepare
+    from finetune.export.export import export as export_formats
+    from finetune.model.load import context_length
+    from finetune.pipeline import export_source
+
+    known = _of(model)
+    rows = known.eval_rows
+    if data is not None:
+        settings = data if isinstance(data, DataConfig) else DataConfig(train=data)
+        rows = prepare(settings, tokenizer, context=context_length(known.path), seed=0).eval
+    if rows is None:
+        raise ConfigError("export has no held-out rows to prove on: train first, or give data=")
+    settings = replace(config or ExportConfig(), formats=list(formats))
+    loaded = replace(known.loaded, model=model)
+    source = export_source(loaded, known.adapter, tokenizer, known.dtype, settings)
+    return export_formats(source, Path(directory), settings, rows, loaded.pad_id)
+
+
+def _of(model: Any) -> Known:
+    if model not in _known:
+        raise ConfigError("this model was not loaded by finetune.load: its storage and digests are not known")
+    return _known[model]

@@ -1,0 +1,312 @@
+"""One run from its configuration to its report: the rooms in their order."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from finetune.config import RunConfig, save_config
+from finetune.errors import ConfigError, ProofError
+
+
+@dataclass
+class Outcome:
+    """What became of a run: its directory, exit code, and the best held-out loss in nats a token."""
+
+    directory: Path
+    exit_code: int = 0
+    eval_loss: float | None = None
+    failed_exports: list[str] = field(default_factory=list)
+
+
+def check_early(config: RunConfig) -> None:
+    """Everything that can be said against a configuration before a model is loaded.
+
+    Raises:
+        UserError: for the first thing that cannot work.
+    """
+    from finetune.adapters.attach import check_path as check_adapter
+    from finetune.data.sources import check_sources
+    from finetune.export.formats import chosen
+    from finetune.model.load import check_path, context_length
+
+    chosen(config.export.formats)
+    check_device(config.device)
+    check_path(config.model)
+    check_adapter(config.adapter)
+    check_sources(config.data)
+    if config.data.max_length is not None:
+        context = context_length(config.model)
+        if config.data.max_length > context:
+            raise ConfigError(f"data.max_length is {config.data.max_length}, longer than the model's context of {context} tokens")
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that is not there.
+
+    Raises:
+        ConfigError: naming the device and what there is.
+    """
+    import torch
+
+    kind = device.partition(":")[0]
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device is {device}, but torch sees no CUDA device (`finetune doctor` says why); use device=cpu")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("device is mps, but torch sees no Metal device; use device=cpu")
+
+
+def make_accelerator(device: str) -> Any:
+    """accelerate's view of the processes and of this one's device."""
+    from accelerate import Accelerator
+
+    if ":" in device:
+        os.environ["ACCELERATE_TORCH_DEVICE"] = device
+    return Accelerator(cpu=device == "cpu")
+
+
+def resolve_dtype(name: str, device: Any) -> str:
+    """bf16, fp16 or fp32; `auto` is bf16 where the device computes in it."""
+    import torch
+
+    if name != "auto":
+        return name
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    if kind == "cpu":
+        from finetune.doctor import cpu_has_bf16
+
+        return "bf16" if cpu_has_bf16() else "fp32"
+    return "fp32"
+
+
+def torch_dtype(name: str) -> Any:
+    """torch's dtype for bf16, fp16 or fp32."""
+    import torch
+
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+
+
+def run_job(config: RunConfig, tree: DictConfig, overrides: list[str]) -> Outcome:
+    """Train, save, export, prove and report.
+
+    Args:
+        config: the whole configuration.
+        tree: the same as OmegaConf, saved as config.yaml.
+        overrides: the command line's own.
+
+    Raises:
+        UserError: anything the user can mend, before or during the run.
+    """
+    from finetune.training.run_directory import RunDirectory, shared_run
+
+    check_early(config)
+    accelerator = make_accelerator(config.device)
+
+    def open_run() -> RunDirectory:
+        if config.resume:
+            return RunDirectory.resume(config.resume)
+        return RunDirectory.create(config.name, config.output_dir)
+
+    with shared_run(accelerator, open_run) as run:
+        if run.resumed and run.record["status"] == "finished":
+            say(accelerator, f"this run is finished already: {run.path}")
+            say(accelerator, str(run.path))
+            return Outcome(run.path, eval_loss=run.record.get("best_eval"))
+        if run.writable:
+            save_config(tree, overrides, run.path / "config.yaml")
+        run.start()
+        return Runner(config, tree, accelerator, run).go()
+
+
+def say(accelerator: Any, text: str) -> None:
+    """Print on rank 0."""
+    if accelerator.is_main_process:
+        print(text, flush=True)
+
+
+def export_source(loaded: Any, adapter: Any, tokenizer: Any, dtype: str, config: Any) -> Any:
+    """What the export room needs of a loaded, adapted model; 32-bit runs export their dense weights in bf16."""
+    from finetune.export.base import ExportSource
+
+    return ExportSource(
+        model=loaded.model, adapter=adapter, tokenizer=tokenizer, base_path=loaded.base_path,
+        dtype=torch_dtype("bf16" if dtype == "fp32" else dtype), quantization_config=loaded.quantization_config,
+        max_shard_bytes=int(config.max_shard_gb * 1e9), digests=loaded.digests,
+    )
+
+
+class Runner:
+    """The rooms of one run, sequenced; each step is a method, in order of use."""
+
+    def __init__(self, config: RunConfig, tree: DictConfig, accelerator: Any, run: Any) -> None:
+        self.config, self.tree, self.accelerator, self.run = config, tree, accelerator, run
+        self.dtype = resolve_dtype(config.train.dtype, accelerator.device)
+        config.train.dtype = self.dtype
+
+    def go(self) -> Outcome:
+        """The whole run."""
+        with self.run.phase("load"):
+            self.load()
+        with self.run.phase("data"):
+            self.prepare()
+        resumed = self.run.resumed
+        self.track()
+        if self.config.train.preflight and not resumed:
+            with self.run.phase("preflight"):
+                self.preflight()
+        result = self.train()
+        if result.status == "interrupted":
+            exit_code = 128 + (result.signal or signal.SIGINT)
+            self.tracker.finish(exit_code)
+            self.run.update(status="interrupted")
+            say(self.accelerator, f"interrupted at step {result.steps}; go on with resume={self.run.path}")
+            say(self.accelerator, str(self.run.path))
+            return Outcome(self.run.path, exit_code, result.best_eval)
+        if not self.accelerator.is_main_process:
+            return Outcome(self.run.path, eval_loss=result.best_eval)
+        return self.finish(result)
+
+    def load(self) -> None:
+        import torch
+
+        from finetune.adapters.attach import attach
+        from finetune.adapters.provenance import check_provenance
+        from finetune.model.load import load
+
+        config = self.config
+        self.run.imports_done()
+        say(self.accelerator, f"loading {config.model.path} ({config.quant.name}, {self.dtype} on {self.accelerator.device})")
+        self.loaded = load(config.model, config.quant, torch_dtype(self.dtype), str(self.accelerator.device))
+        if config.adapter.path is not None:
+            notes = check_provenance(Path(config.adapter.path), self.loaded.digests, config.adapter.allow_other_quant)
+            self.loaded.notes.extend(notes)
+        torch.manual_seed(config.seed)
+        self.adapter = attach(self.loaded.model, config.adapter)
+        trained = sum(p.numel() for p in self.adapter.trainable().values())
+        total = sum(getattr(module, "weights", 0) for module in self.loaded.model.modules())
+        say(self.accelerator, f"training {trained:,} adapter weights" + (f" beside {total:,} frozen ones" if total else ""))
+        for note in self.loaded.notes:
+            self.run.note(note)
+            say(self.accelerator, note)
+        self.run.update(device=str(self.accelerator.device), dtype=self.dtype, seed=config.seed, digests=self.loaded.digests,
+                        processes=self.accelerator.num_processes, trainable=trained)
+
+    def prepare(self) -> None:
+        from finetune.data.prepare import prepare
+        from finetune.model.load import context_length
+
+        context = context_length(self.config.model)
+        with self.accelerator.main_process_first():
+            self.data = prepare(self.config.data, self.loaded.tokenizer, context=context, seed=self.config.seed)
+        if self.data.template:
+            self.loaded.tokenizer.chat_template = self.data.template
+        for line in self.data.report.lines():
+            say(self.accelerator, line)
+        self.max_length = self.config.data.max_length or min(context, 2048)
+
+    def track(self) -> None:
+        from finetune.training.config import OBJECTIVES, TRACKERS
+        from finetune.training.trackers.off import OffConfig
+
+        tracking = self.config.tracking if self.accelerator.is_main_process else OffConfig()
+        self.tracker = TRACKERS.build(tracking, self.run)
+        self.objective = OBJECTIVES.build(self.config.objective, self.loaded.model)
+
+    def preflight(self) -> None:
+        from finetune.training.preflight import preflight
+
+        lines = preflight(
+            self.loaded.model, self.adapter, self.data.train, objective=self.objective, tokenizer=self.loaded.tokenizer,
+            config=self.config.train, accelerator=self.accelerator, pad_id=self.loaded.pad_id, packing=self.data.packing,
+        )
+        for line in lines:
+            say(self.accelerator, line)
+
+    def train(self) -> Any:
+        from finetune.training.loop import train
+
+        return train(
+            self.loaded.model, self.adapter, self.data.train, self.data.eval, objective=self.objective,
+            config=self.config.train, optim=self.config.optim, run=self.run, tracker=self.tracker,
+            accelerator=self.accelerator, pad_id=self.loaded.pad_id, packing=self.data.packing,
+            max_length=self.max_length, seed=self.config.seed,
+        )
+
+    def finish(self, result: Any) -> Outcome:
+        """Everything after the last step; on rank 0 alone."""
+        from finetune.report import write_report
+
+        self.save_adapter()
+        with self.run.phase("samples"):
+            samples = self.samples()
+        with self.run.phase("export"):
+            proofs = self.export()
+        self.run.update(status="finished", best_eval=result.best_eval, first_eval=result.first_eval,
+                        last_eval=result.last_eval, steps=result.steps, stopped=result.status,
+                        skipped_steps=result.skipped_steps)
+        if result.first_eval is not None and result.best_eval is not None:
+            fall = 1 - result.best_eval / result.first_eval
+            print(f"held-out loss {result.first_eval:.4f} -> {result.best_eval:.4f} nats a token ({fall:.1%} lower)", flush=True)
+        report = write_report(self.run.path)
+        failed = [proof.format for proof in proofs if not proof.passed]
+        exit_code = ProofError.exit_code if failed else 0
+        self.tell_tracker(result, samples, proofs, exit_code)
+        print(f"report: {report}")
+        if failed:
+            print(f"not proven: {', '.join(failed)}; each export.json says why, the others stand", flush=True)
+        print(self.run.path, flush=True)
+        return Outcome(self.run.path, exit_code, result.best_eval, failed)
+
+    def save_adapter(self) -> None:
+        from finetune.adapters.provenance import write_provenance
+        from finetune.export.directory import published
+
+        with published(self.run.path / "adapter") as directory:
+            self.adapter.save(directory)
+            write_provenance(directory, self.loaded.digests, method=self.config.adapter.name, base=self.loaded.base_path)
+            self.loaded.tokenizer.save_pretrained(directory)
+
+    def samples(self) -> list[list[str]]:
+        from finetune.samples import answer, write_samples
+
+        chosen = self.data.prompts[: self.config.train.samples]
+        if not chosen:
+            return []
+        prompts = [sample.prompt for sample in chosen]
+        tokens = self.config.train.sample_tokens
+        with self.adapter.disabled():
+            before = answer(self.loaded.model, self.loaded.tokenizer, prompts, tokens)
+        after = answer(self.loaded.model, self.loaded.tokenizer, prompts, tokens)
+        rows = [(s.prompt, s.reference, b, a) for s, b, a in zip(chosen, before, after, strict=True)]
+        write_samples(self.run.path / "samples.md", rows)
+        for prompt, reference, first, last in rows:
+            print(f"\n{prompt.strip()}\n  reference: {reference.strip()}\n  before:    {first}\n  after:     {last}", flush=True)
+        print()
+        return [list(row) for row in rows]
+
+    def export(self) -> list[Any]:
+        from finetune.export.export import export, proof_table
+
+        if not self.config.export.formats:
+            return []
+        source = export_source(self.loaded, self.adapter, self.loaded.tokenizer, self.dtype, self.config.export)
+        proofs = export(source, self.run.path / "export", self.config.export, self.data.eval, self.loaded.pad_id)
+        print(proof_table(proofs), flush=True)
+        return proofs
+
+    def tell_tracker(self, result: Any, samples: list[list[str]], proofs: list[Any], exit_code: int) -> None:
+        if samples:
+            self.tracker.table("samples", ["prompt", "reference", "before", "after"], samples)
+        summary = {key: value for key, value in asdict(result).items() if isinstance(value, (int, float, str))}
+        for proof in proofs:
+            summary |= {f"proof/{proof.format}/{key}": value for key, value in proof.to_dict().items() if key != "format"}
+        self.tracker.summary(summary)
+        self.tracker.artifact(self.run.path / "adapter", f"{self.config.name}-adapter")
+        self.tracker.finish(exit_code)
