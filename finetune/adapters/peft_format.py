@@ -57,7 +57,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise ModelError(f"adapter {directory} has no {WEIGHTS}{pickled if (directory / PICKLE).exists() else ''}")
     try:
         config = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(config, dict):
         raise ModelError(f"{path} holds a {type(config).__name__}: expected an object with the adapter's settings")

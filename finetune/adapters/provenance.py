@@ -57,7 +57,7 @@ def read_provenance(directory: Path) -> dict[str, Any] | None:
         return None
     try:
         document = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read as JSON: {error}") from error
     version = document.get("format_version") if isinstance(document, dict) else None
     if not isinstance(version, int) or isinstance(version, bool) or not isinstance(document.get("digests"), dict):

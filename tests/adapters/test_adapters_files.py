@@ -75,8 +75,9 @@ def test_missing_config(saved: Path) -> None:
     assert "has no adapter_config.json" in early(saved)
 
 
-def test_config_that_is_no_json(saved: Path) -> None:
-    (saved / CONFIG).write_text('{"r": 4,')
+@pytest.mark.parametrize("content", [b'{"r": 4,', b"\xff\xfe", b"[" * 100_000], ids=["cut", "not UTF-8", "nested"])
+def test_config_that_is_no_json(saved: Path, content: bytes) -> None:
+    (saved / CONFIG).write_bytes(content)
     assert "cannot be read as JSON" in early(saved)
 
 
