@@ -146,17 +146,20 @@ def _weight(name: Any, weight: Any, key: str) -> float:
 
 
 def _one(name: str, key: str, weight: float, side: Literal["train", "eval"]) -> Source:
-    path = Path(name).expanduser()
-    if name == PYDOCS and not path.exists():
+    if name == PYDOCS:  # a directory of that name is ./pydocs
         return Source(name, key, weight, side=side)
-    if path.is_dir():
-        return Source(name, key, weight, files=tuple(directory_files(path, key)))
-    if path.exists():
-        return Source(name, key, weight, files=(path,))
-    looks_like_file = name.lower().removesuffix(".gz").endswith(SUFFIXES)
-    if _HUB_ID.fullmatch(name) and not looks_like_file and not path.parent.is_dir():
-        return Source(name, key, weight)
-    raise missing(path, key)
+    path = Path(name).expanduser()
+    try:
+        if path.is_dir():
+            return Source(name, key, weight, files=tuple(directory_files(path, key)))
+        if path.exists():
+            return Source(name, key, weight, files=(path,))
+        looks_like_file = name.lower().removesuffix(".gz").endswith(SUFFIXES)
+        if _HUB_ID.fullmatch(name) and not looks_like_file and not path.parent.is_dir():
+            return Source(name, key, weight)
+        raise missing(path, key)
+    except OSError as error:
+        raise DataError(f"{key}: {name} cannot be read: {error.strerror or error}") from None
 
 
 @functools.cache
