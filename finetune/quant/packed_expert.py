@@ -54,6 +54,8 @@ class PackedExpert:
         return ops.linear_4bit(x_BI, bias_O, *self._packed, self._codebook, self._block_size, self._size[0])
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # what copying and pickling look for, also before there is anything to decode
+            raise AttributeError(name)
         return getattr(self.dense(), name)
 
     @classmethod

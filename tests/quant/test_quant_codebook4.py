@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -115,6 +117,8 @@ def test_an_expert_under_a_graph_is_a_tensor_to_everything_else() -> None:
     assert expert.shape == (64, 96) and expert.dtype == torch.float32 and torch.equal(expert.T, dense.T)
     assert torch.equal(torch.ones(64, 96) + expert, 1 + dense)
     assert torch.equal(torch.stack([expert, expert])[0], dense)
+    assert torch.equal(torch.ones(2, 64) @ expert.float(), torch.ones(2, 64) @ dense)
+    assert torch.equal(copy.copy(expert).dense(), dense)
 
 
 def test_experts_decode_the_scales_of_one_expert_only() -> None:
