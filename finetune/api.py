@@ -79,7 +79,8 @@ def attach(model: Any, config: AdapterConfig) -> Adapter:
 
     known = _of(model)
     if config.path is not None:
-        for note in check_provenance(Path(config.path), known.loaded.digests, config.allow_other_quant):
+        loaded, allow = known.loaded, config.allow_other_quant
+        for note in check_provenance(Path(config.path), loaded.digests, allow, quantization=loaded.storage):
             print(note)
     known.adapter = attach_adapter(model, config)
     return known.adapter
@@ -159,8 +160,8 @@ def export(
     known = _of(model)
     rows = known.eval_rows
     if data is not None:
-        settings = data if isinstance(data, DataConfig) else DataConfig(train=data)
-        rows = prepare(settings, tokenizer, context=context_length(known.path), seed=0).eval
+        source_of_rows = data if isinstance(data, DataConfig) else DataConfig(train=data)
+        rows = prepare(source_of_rows, tokenizer, context=context_length(known.path), seed=0).eval
     if rows is None:
         raise ConfigError("export has no held-out rows to prove on: train first, or give data=")
     settings = replace(config or ExportConfig(), formats=list(formats))

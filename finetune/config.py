@@ -21,6 +21,7 @@ from finetune.errors import ConfigError, nearest
 from finetune.export.config import ExportConfig
 from finetune.model.config import ModelConfig
 from finetune.quant.base import QUANTIZERS, QuantConfig
+from finetune.registry import Registry
 from finetune.training.config import (
     OBJECTIVES,
     OPTIMIZERS,
@@ -32,7 +33,7 @@ from finetune.training.config import (
 )
 
 FORMAT_VERSION = 1
-GROUPS = {"quant": QUANTIZERS, "adapter": ADAPTERS, "objective": OBJECTIVES, "optim": OPTIMIZERS, "tracking": TRACKERS}
+GROUPS: dict[str, Registry[Any]] = {"quant": QUANTIZERS, "adapter": ADAPTERS, "objective": OBJECTIVES, "optim": OPTIMIZERS, "tracking": TRACKERS}
 """Config groups whose choices are found by a scan; the key is the group's name in `conf/` and in the tree."""
 
 PLUGGED: dict[str, list[str]] = {}
@@ -107,12 +108,12 @@ def stray_keys(config: DictConfig) -> list[str]:
         if not isinstance(node, DictConfig) or node._is_none() or node._is_missing():
             return
         node_type = OmegaConf.get_type(node)
-        typed = dataclasses.is_dataclass(node_type)
-        known = [f.name for f in dataclasses.fields(node_type)] if typed else []
-        for key in node:
-            full = f"{path}.{key}" if path else str(key)
+        typed = node_type is not None and dataclasses.is_dataclass(node_type)
+        known = [f.name for f in dataclasses.fields(node_type)] if typed else []  # type: ignore[arg-type]
+        for key in map(str, node):
+            full = f"{path}.{key}" if path else key
             if typed and key not in known:
-                found.append(f"unknown key {full!r}{nearest(str(key), known)}")
+                found.append(f"unknown key {full!r}{nearest(key, known)}")
             elif not OmegaConf.is_missing(node, key):
                 walk(node._get_node(key), full)
 

@@ -138,7 +138,7 @@ def export_source(loaded: Any, adapter: Any, tokenizer: Any, dtype: str, config:
     return ExportSource(
         model=loaded.model, adapter=adapter, tokenizer=tokenizer, base_path=loaded.base_path,
         dtype=torch_dtype("bf16" if dtype == "fp32" else dtype), quantization_config=loaded.quantization_config,
-        max_shard_bytes=int(config.max_shard_gb * 1e9), digests=loaded.digests,
+        max_shard_bytes=int(config.max_shard_gb * 1e9), digests=loaded.digests, storage=loaded.storage,
     )
 
 
@@ -185,8 +185,9 @@ class Runner:
         say(self.accelerator, f"loading {config.model.path} ({config.quant.name}, {self.dtype} on {self.accelerator.device})")
         self.loaded = load(config.model, config.quant, torch_dtype(self.dtype), str(self.accelerator.device))
         if config.adapter.path is not None:
-            notes = check_provenance(Path(config.adapter.path), self.loaded.digests, config.adapter.allow_other_quant)
-            self.loaded.notes.extend(notes)
+            allow = config.adapter.allow_other_quant
+            saved = Path(config.adapter.path)
+            self.loaded.notes += check_provenance(saved, self.loaded.digests, allow, quantization=self.loaded.storage)
         torch.manual_seed(config.seed)
         self.adapter = attach(self.loaded.model, config.adapter)
         trained = sum(p.numel() for p in self.adapter.trainable().values())
@@ -265,13 +266,9 @@ class Runner:
         return Outcome(self.run.path, exit_code, result.best_eval, failed)
 
     def save_adapter(self) -> None:
-        from finetune.adapters.provenance import write_provenance
-        from finetune.export.directory import published
+        from finetune.export.adapter import save_adapter
 
-        with published(self.run.path / "adapter") as directory:
-            self.adapter.save(directory)
-            write_provenance(directory, self.loaded.digests, method=self.config.adapter.name, base=self.loaded.base_path)
-            self.loaded.tokenizer.save_pretrained(directory)
+        save_adapter(self.adapter, self.loaded, self.run.path / "adapter")
 
     def samples(self) -> list[list[str]]:
         from finetune.samples import answer, write_samples

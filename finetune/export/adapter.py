@@ -27,6 +27,10 @@ class Origin(Protocol):
     def digests(self) -> Mapping[str, Any] | None:
         """Of base, tokenizer, chat template and quantization."""
 
+    @property
+    def storage(self) -> Mapping[str, Any] | None:
+        """How the base is stored, in words."""
+
 
 def save_adapter(adapter: Adapter, origin: Origin, directory: Path) -> None:
     """Write `directory` so that it appears whole or not at all, replacing an older one."""
@@ -41,5 +45,7 @@ def write_adapter(adapter: Adapter, origin: Origin, directory: Path) -> None:
     config = json.loads(path.read_text("utf-8"))
     write_json(path, config | {"base_model_name_or_path": origin.base_path})
     if origin.digests is not None:
-        write_provenance(directory, origin.digests, method=adapter.config.name, base=origin.base_path)
+        write_provenance(
+            directory, origin.digests, method=adapter.config.name, base=origin.base_path, quantization=origin.storage
+        )
     origin.tokenizer.save_pretrained(directory)

@@ -27,6 +27,7 @@ class ExportSource:
         max_shard_bytes: largest safetensors file.
         digests: of base, tokenizer, chat template and quantization, for finetune.json beside an adapter; None leaves it
             out.
+        storage: the base's storage settings in words, for the same file.
     """
 
     model: Any
@@ -37,6 +38,7 @@ class ExportSource:
     quantization_config: dict[str, Any] | None
     max_shard_bytes: int
     digests: Mapping[str, Any] | None = None
+    storage: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

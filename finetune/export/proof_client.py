@@ -70,7 +70,10 @@ def load_causal_lm(request: dict[str, Any], path: str) -> Any:
 @loader("peft")
 def load_peft(request: dict[str, Any], path: str) -> Any:
     """An adapter directory, as PEFT opens it on its base, quantized as it was trained on."""
-    from peft import PeftModel, get_peft_model_state_dict
+    try:
+        from peft import PeftModel, get_peft_model_state_dict
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"{error}: pip install 'finetune-kit[export]', then prove it again") from error
 
     chosen = options(request)
     stored = AutoConfig.from_pretrained(request["base"], trust_remote_code=bool(request.get("trust_remote_code")))

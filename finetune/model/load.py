@@ -49,6 +49,11 @@ class Loaded:
     quant: QuantConfig | None = None
 
     @property
+    def storage(self) -> dict[str, Any] | None:
+        """The storage settings in force as plain values."""
+        return None if self.quant is None else asdict(self.quant)
+
+    @property
     def pad_id(self) -> int:
         """Id to fill batches with: the pad token, else the end of sequence (masks are explicit, it is never learnt)."""
         for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
