@@ -1,13 +1,14 @@
-"""Kill a run with SIGKILL at random instants, resume it, and compare it bit for bit with the run that was never stopped.
+"""Kill a run with SIGKILL at random instants, resume it, and compare it bit for bit with the run that was never
+stopped.
 
     python scripts/kill_resume.py --kills 200 --out benchmarks/results/kill_resume.json
 
-Every trial is a run of its own directory: LoRA with dropout, packed rows, two micro-batches a step, several epochs, and a
-checkpoint every third step. It is killed at an instant drawn uniformly over its life (a third of the runs twice), resumed
-to its end, and then held against the reference: every metrics line but its timings, the final weights, optimizer state
-and random state. The checkpoint that a resume will choose is read here as well, and held against the reference's
-checkpoint of the same step. Processes are forked from one that has already imported everything, so that the kills fall into
-the run and not into imports.
+Every trial is a run of its own directory: LoRA with dropout, packed rows, two micro-batches a step, several epochs,
+and a checkpoint every third step. It is killed at an instant drawn uniformly over its life (a third of the runs
+twice), resumed to its end, and then held against the reference: every metrics line but its timings, the final
+weights, optimizer state and random state. The checkpoint that a resume will choose is read here as well, and held
+against the reference's checkpoint of the same step. Processes are forked from one that has already imported
+everything, so that the kills fall into the run and not into imports.
 """
 
 from __future__ import annotations
@@ -33,7 +34,6 @@ import accelerate
 import numpy as np
 import torch
 import transformers
-
 from machine import describe_machine
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -53,8 +53,15 @@ VOCAB, ROWS, MAX_LENGTH = 97, 96, 48
 TIMINGS = ("tokens_per_second", "peak_memory_bytes")
 STEMS = ("parameters", "optimizer", "random")
 TRAIN = TrainConfig(
-    epochs=4, batch_size=2, grad_accumulation=2, learning_rate=1e-2, dtype="fp32", log_every=1, eval_every=10,
-    save_every=3, keep_checkpoints=2,
+    epochs=4,
+    batch_size=2,
+    grad_accumulation=2,
+    learning_rate=1e-2,
+    dtype="fp32",
+    log_every=1,
+    eval_every=10,
+    save_every=3,
+    keep_checkpoints=2,
 )
 
 
@@ -74,17 +81,36 @@ def run(directory: Path, config: TrainConfig = TRAIN) -> None:
     """Start or resume the run of a directory, to its end."""
     torch.manual_seed(0)
     llama = transformers.LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        vocab_size=VOCAB, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=VOCAB,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
     )
     model = transformers.LlamaForCausalLM(llama).eval()
     adapter = attach(model, LoRAConfig(rank=4, dropout=0.1))
     resumed = (directory / "run.json").exists()
     with RunDirectory.resume(directory) if resumed else RunDirectory.create("kill", directory) as held:
         train(
-            model, adapter, rows(ROWS, 0), rows(8, 1), objective=build(SFTConfig(), model), config=config,
-            optim=AdamWConfig(), run=held, tracker=Off(), accelerator=accelerate.Accelerator(cpu=True), pad_id=0,
-            packing=True, max_length=MAX_LENGTH, seed=0,
+            model,
+            adapter,
+            rows(ROWS, 0),
+            rows(8, 1),
+            objective=build(SFTConfig(), model),
+            config=config,
+            optim=AdamWConfig(),
+            run=held,
+            tracker=Off(),
+            accelerator=accelerate.Accelerator(cpu=True),
+            pad_id=0,
+            packing=True,
+            max_length=MAX_LENGTH,
+            seed=0,
         )
         held.update(status="finished")
 
@@ -124,9 +150,7 @@ def kill_after(process: int, seconds: float) -> bool:
 
 def tensors(path: Path) -> dict[str, torch.Tensor]:
     """Everything that a checkpoint holds."""
-    return {
-        f"{stem}/{name}": tensor for stem in STEMS for name, tensor in checkpoint.read_tensors(path, stem).items()
-    }
+    return {f"{stem}/{name}": tensor for stem in STEMS for name, tensor in checkpoint.read_tensors(path, stem).items()}
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -191,10 +215,16 @@ def main() -> int:
             if runs % 10 == 0 or total["kills"] >= arguments.kills:
                 print(f"{total['kills']}/{arguments.kills} kills, {total['exact']}/{runs} runs bit-exact", flush=True)
     result = {
-        "format_version": 1, "runs": runs, "runs_bit_exact": total["exact"],
-        "kills": total["kills"], "kills_while_saving": total["kills_while_saving"],
-        "invalid_checkpoints_chosen": total["invalid_chosen"], "steps_per_run": steps,
-        "seconds_per_run": round(seconds, 2), "seconds": round(time.perf_counter() - start, 1), "machine": describe_machine(),
+        "format_version": 1,
+        "runs": runs,
+        "runs_bit_exact": total["exact"],
+        "kills": total["kills"],
+        "kills_while_saving": total["kills_while_saving"],
+        "invalid_checkpoints_chosen": total["invalid_chosen"],
+        "steps_per_run": steps,
+        "seconds_per_run": round(seconds, 2),
+        "seconds": round(time.perf_counter() - start, 1),
+        "machine": describe_machine(),
     }
     print(json.dumps(result))
     if arguments.out:

@@ -1,7 +1,7 @@
 """Cross entropy straight from hidden states, so that the logits of all positions never exist at once.
 
-For a row of hidden states h and a head W, b the logits are `z = cap(scale * (W h + b))` with `cap(z) = c tanh(z / c)` where
-the model caps them, and the loss is `logsumexp(z) - z[label]`. Rows are taken a chunk at a time; a chunk's gradient
+For a row of hidden states h and a head W, b the logits are `z = cap(scale * (W h + b))` with `cap(z) = c tanh(z / c)`
+where the model caps them, and the loss is `logsumexp(z) - z[label]`. Rows are taken a chunk at a time; a chunk's gradient
 `(softmax(z) - onehot)` is folded into the gradient of the hidden states (and of the head, where it trains) before its
 logits are dropped. This is the scheme of Cut Cross-Entropy (Wijmans et al. 2025, arXiv:2411.09009) and of Liger
 Kernel's fused linear cross entropy (Hsu et al. 2024, arXiv:2410.10989, section 3.2) in plain torch.
@@ -23,7 +23,7 @@ CHUNK_BYTES = 32 * 2**20
 
 
 def chunk_rows(vocab: int) -> int:
-    """Positions whose float32 logits fit `CHUNK_BYTES`, at least 16 (a matrix product over fewer wastes the machine)."""
+    """Positions whose float32 logits fit `CHUNK_BYTES`; at least 16, because products over fewer waste the machine."""
     return max(16, CHUNK_BYTES // (4 * vocab))
 
 
@@ -70,7 +70,7 @@ def logits_of(z_CV: Tensor, scale: float, softcap: float | None) -> Tensor:
 def chunk_loss(
     z_CV: Tensor, labels_C: Tensor, scale: float, softcap: float | None, with_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Summed loss of a chunk and, where asked for, its float32 gradient with respect to the head's raw output `z_CV`."""
+    """Summed loss of a chunk and, where asked for, its float32 gradient with respect to the head's output `z_CV`."""
     logits_CV = logits_of(z_CV, scale, softcap).float()
     log_norm_C = torch.logsumexp(logits_CV, dim=-1)
     picked_C = logits_CV.gather(1, labels_C[:, None]).squeeze(1)
@@ -102,8 +102,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         dtype = hidden_NH.dtype
         need_h, need_w, need_b = (grad_mode and needed for needed in ctx.needs_input_grad[:3])
-        # The gradient of a sum over one position is at most a row of W: float16 would flush its small parts to zero before
-        # the loss scale reaches them.
+        # The gradient of a sum over one position is at most a row of W: float16 would flush its small parts to zero
+        # before the loss scale reaches them.
         kept = torch.float32 if dtype == torch.float16 else dtype
         grad_NH = torch.empty_like(hidden_NH, dtype=kept) if need_h else None
         grad_VH = torch.zeros_like(weight_VH, dtype=torch.float32) if need_w else None

@@ -10,6 +10,7 @@ Shape suffixes: B rows, S positions, H hidden features, V vocabulary.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,6 +59,10 @@ def describe_head(model: nn.Module) -> Head | None:
         with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(0)
             return _identify(model, decoder, head, device)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+        # Whatever a model does that these experiments do not foresee, it is not understood; its own forward still
+        # works.
+        return None
     finally:
         for module, mode in training.items():
             module.training = mode
@@ -72,7 +77,8 @@ def _parts(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
 
 
 def _identify(model: nn.Module, decoder: nn.Module, head: nn.Module, device: torch.device) -> Head | None:
-    vocab = getattr(model.config, "vocab_size", None) or model.get_input_embeddings().weight.shape[0]
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    vocab = embeddings.weight.shape[0]
     ids_BS = torch.randint(0, vocab, (2, 4), device=device)
     hidden_BSH = _hidden(model, decoder, ids_BS)
     if hidden_BSH is None or hidden_BSH.dim() != 3:
@@ -95,7 +101,7 @@ def _identify(model: nn.Module, decoder: nn.Module, head: nn.Module, device: tor
 
 @contextmanager
 def captured(decoder: nn.Module, replacement: Tensor | None = None) -> Iterator[list[Tensor]]:
-    """Collect the first output of the decoder while it runs inside its model, optionally putting another in its place."""
+    """Collect the decoder's first output while it runs inside its model, optionally putting another in its place."""
     seen: list[Tensor] = []
 
     def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
@@ -171,15 +177,18 @@ def _aux_coefficient(
     cap: float | None,
     tolerance: float,
 ) -> float | None:
-    """What the model's own loss adds to the cross entropy, as a factor on its `aux_loss`; None where it is something else."""
+    """The factor of `aux_loss` in the model's own loss; None where the loss is not cross entropy plus that."""
     with captured(decoder) as seen:
         outputs = model(input_ids=ids_BS, labels=ids_BS, use_cache=False)
     logits_BSV = _apply(head(seen[0]).float(), scale, cap)
     ours = F.cross_entropy(logits_BSV[:, :-1].flatten(0, 1), ids_BS[:, 1:].flatten()).item()
     theirs = outputs.loss.item()
     tolerance *= max(1.0, abs(theirs))
+    config: Any = model.config
     aux = getattr(outputs, "aux_loss", None)
     if aux is None:
         return 0.0 if abs(ours - theirs) <= tolerance else None
-    numbers = (value for key, value in model.config.to_dict().items() if "aux_loss" in key and isinstance(value, float))
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        return None  # its auxiliary loss would come with full logits
+    numbers = (value for key, value in config.to_dict().items() if "aux_loss" in key and isinstance(value, float))
     return next((c for c in (0.0, *numbers) if abs(ours + c * aux.item() - theirs) <= tolerance), None)

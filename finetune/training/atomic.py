@@ -42,7 +42,8 @@ def publish(temporary: Path, final: Path) -> None:
     """Give a complete directory its final name; everything in it has been fsynced by its writer.
 
     Raises:
-        FileExistsError: when the name is taken; even by an empty directory, which a plain rename would silently replace.
+        FileExistsError: when the name is taken; even by an empty directory, which a plain rename would silently
+            replace.
     """
     fsync(temporary)
     _rename_no_replace(temporary, final)

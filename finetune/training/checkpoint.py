@@ -1,8 +1,9 @@
 """Checkpoints on disk: whole or not there, and known to be whole before one is trusted.
 
 A checkpoint is a directory `step-00000200` of safetensors files and `state.json`; `manifest.json` is written last and
-holds size and SHA-256 of every other file. It is built under a temporary name, each file forced to the disk, and appears
-by one atomic rename that never replaces anything. After a kill at any instant a directory called `step-*` is complete.
+holds size and SHA-256 of every other file. It is built under a temporary name, each file forced to the disk, and
+appears by one atomic rename that never replaces anything. After a kill at any instant a directory called `step-*` is
+complete.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ class TrainConfig:
         schedule: cosine | linear | constant, after the warm-up.
         warmup_ratio: share of all steps spent rising from 0 to the peak.
         max_grad_norm: gradients are scaled down to this norm; null never.
-        dtype: of activations and of the weights that are not quantized: auto | bf16 | fp16 | fp32. `auto` is bf16 where the
-            device computes in it, else fp32.
+        dtype: of activations and of the weights that are not quantized: auto | bf16 | fp16 | fp32. `auto` is bf16
+            where the device computes in it, else fp32.
         gradient_checkpointing: recompute each block in the backward pass instead of keeping its activations.
         log_every, eval_every, save_every: in steps; null evaluates and saves at the end alone.
         keep_checkpoints: how many are kept; the best and the last valid one are never removed.

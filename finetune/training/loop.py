@@ -57,8 +57,9 @@ def train(
 ) -> TrainResult:
     """Train what the adapter names until the steps are done, a signal asks to stop, or early stopping does.
 
-    Where `run` already holds a valid checkpoint, training goes on from the newest one, bit for bit. At the end the model
-    holds the last weights, or, where held-out loss was measured along the way and was better before, the best ones.
+    Where `run` already holds a valid checkpoint, training goes on from the newest one, bit for bit. At the end the
+    model holds the last weights, or, where held-out loss was measured along the way and was better before, the best
+    ones.
 
     Args:
         model: with the adapter attached, on the accelerator's device.
@@ -70,8 +71,8 @@ def train(
         seed: decides data order and dropout.
 
     Raises:
-        RunError: the disk cannot hold the checkpoints, a checkpoint cannot be written, the resumed one does not fit, the
-            loss stays non-finite, or another process failed.
+        RunError: the disk cannot hold the checkpoints, a checkpoint cannot be written, the resumed one does not fit,
+            the loss stays non-finite, or another process failed.
     """
     group = Group(accelerator)
     parameters = adapter.trainable()
@@ -191,18 +192,19 @@ class _Loop:
             now.loss_tokens += result.learnt
             now.skipped_in_a_row = 0
         else:
-            self._skipped(result)
+            self._skipped(result, progress)
         progress.step(now.step)
         if now.step % self.config.log_every == 0 or now.step == self.total:
             self._log(result, rate, progress)
         return result.stop
 
-    def _skipped(self, result: StepResult) -> None:
+    def _skipped(self, result: StepResult, progress: Progress) -> None:
         """Count a step that was left out; too many in a row end the run, with the weights before them saved."""
         now = self.state
         now.skipped_steps += 1
         if result.rescaled:
             return
+        progress.say(f"step {now.step} is left out: {result.fault}")
         now.skipped_in_a_row += 1
         if now.skipped_in_a_row < self.config.max_nonfinite:
             return
@@ -313,7 +315,5 @@ class _Loop:
             self.note(f"the last weights are kept, because the best ones cannot be read: {reason}")
             return None
         state.restore_parameters(path, self.live.parameters)
-        self.note(
-            f"the weights of step {now.best_step} are kept: held-out loss {now.best_eval:.4f}, at the end {now.last_eval:.4f}"
-        )
+        self.note(f"the weights of step {now.best_step} are kept: their held-out loss was {now.best_eval:.4f}")
         return now.best_step

@@ -6,6 +6,7 @@ for bit, and no optimizer exists yet.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -93,7 +94,7 @@ def _spans(row: Row) -> Iterator[tuple[bool, list[int]]]:
     """Runs of labelled and of masked tokens."""
     labelled = row.labels != IGNORE
     borders = [0, *(np.flatnonzero(np.diff(labelled)) + 1).tolist(), len(labelled)]
-    for start, stop in zip(borders, borders[1:], strict=False):
+    for start, stop in itertools.pairwise(borders):
         yield bool(labelled[start]), row.input_ids[start:stop].tolist()
 
 

@@ -39,8 +39,8 @@ VERSIONED = (
 class RunDirectory:
     """A run's directory, held by one process at a time through an OS lock that dies with it.
 
-    Use `create`, `resume` or `follow`; as a context manager it says `failed` when the block raises. On ranks other than 0
-    (`follow`) everything that writes does nothing.
+    Use `create`, `resume` or `follow`; as a context manager it says `failed` when the block raises. On ranks other than
+    0 (`follow`) everything that writes does nothing.
 
     Attributes:
         path: the directory.
@@ -176,9 +176,10 @@ class RunDirectory:
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl."""
-        if self.writable:
-            with open(self.path / METRICS, "a", encoding="utf-8") as stream:
-                stream.write(json.dumps(line) + "\n")
+        if not self.writable:
+            return
+        with _writing(self.path / METRICS), open(self.path / METRICS, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")
 
     def sync_metrics(self) -> None:
         """Force metrics.jsonl to the disk, so that a checkpoint never knows steps that the metrics do not."""
@@ -204,7 +205,8 @@ class RunDirectory:
 
     def _write(self) -> None:
         if self.writable:
-            write_json(self.path / RECORD, self.record)
+            with _writing(self.path / RECORD):
+                write_json(self.path / RECORD, self.record)
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -285,6 +287,19 @@ def shared_run(accelerator: Any, make: Callable[[], RunDirectory]) -> RunDirecto
     if answer[1] is not None:
         raise RunError(answer[1])
     return run or RunDirectory.follow(str(answer[0]))
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Say which file it was that could not be written.
+
+    Raises:
+        RunError: for a full disk and the like.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def _fresh(parent: Path) -> Path:

@@ -8,7 +8,8 @@ from finetune.training.config import TrainConfig
 
 
 def learning_rate(step: int, total: int, config: TrainConfig) -> float:
-    """The rate of step `step` (from 0) of `total`: a linear rise to the peak, then cosine or linear to 0, or constant."""
+    """The rate of step `step` (from 0) of `total`: a linear rise to the peak, then cosine or linear to 0, or
+    constant."""
     warmup = math.ceil(config.warmup_ratio * total)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup

@@ -65,7 +65,8 @@ def _probe_rows(rows: TokenRows) -> tuple[Row, Row]:
 def _mixing(
     model: nn.Module, first: Row, second: Row, pad_id: int, device: torch.device, *, masked: bool
 ) -> tuple[float, float]:
-    """How far the second row's logits move when the first row changes, and how far they are from those of the row alone.
+    """How far the second row's logits move when the first row changes, and how far they are from those of the row
+    alone.
 
     Both in units of the dtype's epsilon times the largest logit. The first is exactly 0 where nothing leaks: the same
     kernel on the same shapes gives the same bits (only mixtures of experts may regroup their products). The second is

@@ -74,7 +74,11 @@ def save(directory: Path, state: LoopState, live: Live, *, keep: int) -> Path:
     with live.group.together():
         if live.group.main:
             tensors, scalars = _optimizer_state(live)
-            groups = {PARAMETERS: dict(live.parameters), OPTIMIZER: tensors, RANDOM: random}
+            groups: dict[str, dict[str, Tensor]] = {
+                PARAMETERS: dict(live.parameters),
+                OPTIMIZER: tensors,
+                RANDOM: random,
+            }
             record = {
                 "loop": asdict(state),
                 "optimizer": scalars,
@@ -165,10 +169,11 @@ def _random_states(group: Group) -> dict[str, Tensor]:
 def _restore_random(path: Path, record: dict[str, Any], group: Group) -> list[str]:
     states = checkpoint.read_tensors(path, RANDOM)
     if record["processes"] != group.world:
-        return [
+        note = (
             f"resumed with {group.world} processes after {record['processes']}: dropout draws other numbers and steps "
             "hold other rows than they would have"
-        ]
+        )
+        return [note]
     torch.set_rng_state(states["cpu"][group.rank].contiguous())
     if group.device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"][group.rank].contiguous(), group.device)

@@ -1,7 +1,7 @@
 """Which rows make up each optimizer step: a pure function of (seed, epoch) and of a cursor.
 
-A *window* is what one step learns from: `grad_accumulation` micro-batches on each process. Every process knows the whole
-plan, so the tokens of a window are counted without asking anybody.
+A *window* is what one step learns from: `grad_accumulation` micro-batches on each process. Every process knows the
+whole plan, so the tokens of a window are counted without asking anybody.
 """
 
 from __future__ import annotations

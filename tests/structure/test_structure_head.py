@@ -7,7 +7,12 @@ import torch
 import transformers
 from torch import nn
 
+from finetune.adapters.attach import attach
+from finetune.adapters.lora import LoRAConfig
 from finetune.data.rows import Batch
+from finetune.quant.freeze import freeze
+from finetune.quant.nf4 import NF4Config
+from finetune.structure import inspect
 from finetune.structure.head import describe_head
 from finetune.training.objectives.sft import SFTConfig, build
 
@@ -147,3 +152,43 @@ def test_a_wrapped_head_is_used_through_its_own_forward() -> None:
     own.backward()
     assert (loss / count).item() == pytest.approx(own.item(), rel=1e-5)
     torch.testing.assert_close(ours, model.lm_head.delta.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "gemma2", "cohere"])
+@pytest.mark.parametrize("also", [[], ["lm_head"]], ids=["frozen head", "trained head"])
+def test_with_a_real_adapter(name: str, also: list[str]) -> None:
+    if also and name in ("llama_tied", "gemma2", "cohere"):
+        also = ["lm_head", "embed_tokens"]  # tied: they train as one tensor
+    model = tiny(name)
+    adapter = attach(model, LoRAConfig(rank=2, train_also=also))
+    with torch.no_grad():
+        for parameter in adapter.trainable().values():
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    compare(model, dict(adapter.trainable()))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_a_quantized_head(name: str) -> None:
+    model = tiny(name)
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    freeze(model, NF4Config(head=True), inspect(model))
+    assert type(model.lm_head) is not nn.Linear
+    adapter = attach(model, LoRAConfig(rank=2))
+    compare(model, dict(adapter.trainable()))
+
+
+def compare(model: nn.Module, trained: dict[str, nn.Parameter]) -> None:
+    batch = padded_batch()
+    objective = build(SFTConfig(), model)
+    assert objective.note is None
+    loss, count = objective.loss_sum(batch)
+    (loss / count).backward()
+    ours = {key: parameter.grad.clone() for key, parameter in trained.items()}
+    model.zero_grad()
+    own = model(**batch.model_inputs(), labels=batch.labels_BS).loss
+    own.backward()
+    assert (loss / count).item() == pytest.approx(own.item(), rel=1e-5)
+    for key, parameter in trained.items():
+        scale = parameter.grad.abs().max().clamp_min(1e-3)
+        assert (ours[key] - parameter.grad).abs().max() <= 1e-5 * scale, key

@@ -27,7 +27,10 @@ def test_round_trip(tmp_path: Path) -> None:
     assert torch.equal(checkpoint.read_tensors(path, "parameters")["w"], GROUPS["parameters"]["w"])
     assert checkpoint.read_state(path)["loop"] == {"step": 200}
     assert {entry.name for entry in path.iterdir()} == {
-        "manifest.json", "parameters.safetensors", "random.safetensors", "state.json"
+        "manifest.json",
+        "parameters.safetensors",
+        "random.safetensors",
+        "state.json",
     }
 
 
@@ -56,6 +59,13 @@ def test_damage_is_found_and_the_older_one_is_taken(tmp_path: Path, damage: str)
     newest, skipped = checkpoint.newest_valid(tmp_path)
     assert newest == old
     assert len(skipped) == 1 and "step-00000002" in skipped[0]
+
+
+def test_the_sample_of_format_1_loads() -> None:
+    newest, skipped = checkpoint.newest_valid(Path(__file__).parent / "run_v1/checkpoints")
+    assert newest is not None and newest.name == "step-00000002" and not skipped
+    assert checkpoint.read_state(newest)["loop"]["step"] == 2
+    assert torch.equal(checkpoint.read_tensors(newest, "parameters")["w"], GROUPS["parameters"]["w"])
 
 
 def test_nothing_there(tmp_path: Path) -> None:

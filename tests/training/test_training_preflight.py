@@ -30,8 +30,15 @@ HERE = SimpleNamespace(device=torch.device("cpu"))
 
 def check(model, adapter, rows=None, packing=False, objective=None, **settings):
     return preflight(
-        model, adapter, setup.rows() if rows is None else rows, objective=objective or build(SFTConfig(), model),
-        tokenizer=TOKENIZER, config=TrainConfig(dtype="fp32", **settings), accelerator=HERE, pad_id=0, packing=packing,
+        model,
+        adapter,
+        setup.rows() if rows is None else rows,
+        objective=objective or build(SFTConfig(), model),
+        tokenizer=TOKENIZER,
+        config=TrainConfig(dtype="fp32", **settings),
+        accelerator=HERE,
+        pad_id=0,
+        packing=packing,
     )
 
 
@@ -113,7 +120,9 @@ def test_starved_by_reentrant_checkpointing(monkeypatch: pytest.MonkeyPatch) -> 
     """The classic: activations recomputed in the reentrant way, where no input needs a gradient."""
     original = transformers.modeling_utils.checkpoint
     monkeypatch.setattr(
-        transformers.modeling_utils, "checkpoint", lambda *args, **kwargs: original(*args, **{**kwargs, "use_reentrant": True})
+        transformers.modeling_utils,
+        "checkpoint",
+        lambda *args, **kwargs: original(*args, **{**kwargs, "use_reentrant": True}),
     )
     monkeypatch.setattr(transformers.PreTrainedModel, "enable_input_require_grads", lambda self: None)
     model = setup.tiny_model()
@@ -139,8 +148,15 @@ def test_an_adapter_that_changes_nothing() -> None:
 def opt() -> nn.Module:
     torch.manual_seed(0)
     config = transformers.OPTConfig(
-        hidden_size=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=setup.VOCAB,
-        max_position_embeddings=64, word_embed_proj_dim=16, dropout=0.0, pad_token_id=1,
+        hidden_size=16,
+        ffn_dim=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vocab_size=setup.VOCAB,
+        max_position_embeddings=64,
+        word_embed_proj_dim=16,
+        dropout=0.0,
+        pad_token_id=1,
     )
     return transformers.OPTForCausalLM(config).eval()
 

@@ -29,14 +29,23 @@ def launch(program: str, *arguments: str, **environment: str) -> list[subprocess
     """What `accelerate launch --cpu --num_processes 2` starts, without the launcher."""
     port = str(free_port())
     shared = {
-        **os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/training'}:{os.environ.get('PYTHONPATH', '')}",
-        "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **environment,
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/training'}:{os.environ.get('PYTHONPATH', '')}",
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        **environment,
     }
     return [
         subprocess.Popen(
-            [sys.executable, "-c", program, *arguments], env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            [sys.executable, "-c", program, *arguments],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         for rank in range(2)
     ]
@@ -49,7 +58,8 @@ from safetensors.torch import save_file
 torch.set_num_threads(1)
 for packing in (False, True):
     result, tensors = setup.run_training(
-        Path(sys.argv[1]) / str(packing), train_rows=setup.rows(21, seed=7, longest=20), batch_size=2, epochs=2, packing=packing)
+        Path(sys.argv[1]) / str(packing), train_rows=setup.rows(21, seed=7, longest=20), batch_size=2, epochs=2,
+        packing=packing)
     save_file(tensors, f"{sys.argv[1]}/{packing}-rank{__import__('os').environ['RANK']}.safetensors")
 """
 
@@ -71,7 +81,9 @@ def test_two_processes_are_one_with_the_doubled_batch(tmp_path: Path) -> None:
             torch.testing.assert_close(ranks[0][name], alone[name], rtol=1e-4, atol=1e-6)
         curves = [read_metrics(tmp_path / name) for name in (str(packing), f"alone-{packing}")]
         for two, one in zip(*curves, strict=True):
-            assert two.get("loss", two.get("eval_loss")) == pytest.approx(one.get("loss", one.get("eval_loss")), rel=1e-6)
+            assert two.get("loss", two.get("eval_loss")) == pytest.approx(
+                one.get("loss", one.get("eval_loss")), rel=1e-6
+            )
             assert two.get("tokens") == one.get("tokens")
 
 

@@ -56,7 +56,7 @@ def test_not_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(RunError, match="is not writable"):
         RunDirectory.create("a", tmp_path / "file" / "run")
-    with pytest.raises(RunError, match="cannot be created: .*; set output_dir="):
+    with pytest.raises(RunError, match=r"cannot be created: .*; set output_dir="):
         RunDirectory.create("a", root=tmp_path / "file")
 
 
@@ -132,7 +132,12 @@ def test_metrics_are_cut_to_a_step(tmp_path: Path) -> None:
     with open(tmp_path / "run/metrics.jsonl", "a") as stream:
         stream.write('{"step": 4, "lo')
     run.truncate_metrics(2)
-    assert [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()] == [0, 1, 2, 2]
+    assert [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()] == [
+        0,
+        1,
+        2,
+        2,
+    ]
 
 
 def test_followers_write_nothing(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 
@@ -44,7 +45,11 @@ def test_n_micro_batches_are_one_big_batch(
 
     monkeypatch.setattr(torch.optim.AdamW, "step", spy)
     setup.run_training(
-        tmp_path / "run", train_rows=rows, batch_size=batch_size, grad_accumulation=grad_accumulation, epochs=1,
+        tmp_path / "run",
+        train_rows=rows,
+        batch_size=batch_size,
+        grad_accumulation=grad_accumulation,
+        epochs=1,
         max_grad_norm=None,
     )
     assert len(seen) == 1, "one epoch is one window"
@@ -59,7 +64,9 @@ def test_a_ragged_last_window_counts_its_own_tokens(tmp_path: Path) -> None:
     config = dict(train_rows=rows, batch_size=2, grad_accumulation=3, epochs=1, learning_rate=1e-12)
     setup.run_training(tmp_path / "run", **config)
     losses = [line["loss"] for line in read_metrics(tmp_path / "run") if "loss" in line]
-    plan = Plan(rows, TrainConfig(batch_size=2, grad_accumulation=3), packing=False, max_length=32, seed=0, world=1, rank=0)
+    plan = Plan(
+        rows, TrainConfig(batch_size=2, grad_accumulation=3), packing=False, max_length=32, seed=0, world=1, rank=0
+    )
     windows = plan.windows(0, 0)
     model = setup.tiny_model()
     for loss in losses:
@@ -85,8 +92,13 @@ def test_an_objective_that_counts_otherwise_is_normalised_by_its_own_count(tmp_p
         tmp_path / "a", model=model, objective=PerRow(), max_steps=1, batch_size=4, max_grad_norm=1e-3
     )
     _, split = setup.run_training(
-        tmp_path / "b", model=(other := setup.tiny_model()), max_steps=1, batch_size=2, grad_accumulation=2,
-        objective=build(SFTConfig(), other), max_grad_norm=1e-3,
+        tmp_path / "b",
+        model=(other := setup.tiny_model()),
+        max_steps=1,
+        batch_size=2,
+        grad_accumulation=2,
+        objective=build(SFTConfig(), other),
+        max_grad_norm=1e-3,
     )
     for name in tensors:  # clipped to the same norm, so only the direction matters
         torch.testing.assert_close(tensors[name], split[name], rtol=1e-3, atol=1e-5)
@@ -112,7 +124,7 @@ def test_schedules() -> None:
         rates = [learning_rate(step, 100, config) for step in range(101)]
         assert rates[:10] == pytest.approx([2e-5 * i for i in range(1, 11)])
         assert rates[10] == pytest.approx(2e-4) and rates[100] == pytest.approx(last, abs=1e-12)
-        assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+        assert all(a >= b for a, b in itertools.pairwise(rates))
 
 
 def test_learnt_tokens_are_those_of_the_batches() -> None:
@@ -176,7 +188,9 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(tmp_path: Path, kind:
 
 def test_too_many_in_a_row_stop_with_the_cause_and_the_last_weights(tmp_path: Path) -> None:
     model = setup.tiny_model()
-    with pytest.raises(RunError, match=r"step 5: the loss is not finite, for 3 steps in a row.*step-00000005") as caught:
+    with pytest.raises(
+        RunError, match=r"step 5: the loss is not finite, for 3 steps in a row.*step-00000005"
+    ) as caught:
         setup.run_training(
             tmp_path / "run", model=model, objective=Poisoned(model, {3, 4, 5, 6, 7}), max_steps=9, max_nonfinite=3
         )
@@ -211,9 +225,7 @@ def test_gradient_checkpointing_computes_the_same_and_starves_nobody(tmp_path: P
 def test_bf16_and_fp16(tmp_path: Path) -> None:
     for dtype in ("bf16", "fp16"):
         model = setup.tiny_model().to({"bf16": torch.bfloat16, "fp16": torch.float16}[dtype])
-        result, tensors = setup.run_training(
-            tmp_path / dtype, model=model, epochs=8, learning_rate=3e-2, dtype=dtype
-        )
+        result, tensors = setup.run_training(tmp_path / dtype, model=model, epochs=8, learning_rate=3e-2, dtype=dtype)
         assert result.last_eval < 0.95 * result.first_eval, dtype
         assert result.skipped_steps < 4
         assert all(t.dtype == torch.float32 for t in tensors.values())

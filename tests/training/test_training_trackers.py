@@ -81,7 +81,12 @@ def test_everything_arrives(tmp_path: Path, fake: SimpleNamespace) -> None:
     (tmp_path / "run/config.yaml").write_text("train:\n  learning_rate: 0.1\n")
     tracker = build(WandbConfig(project="p", group="g", tags=["t"], log_adapter=True), run)
     assert fake.init["config"] == {"train": {"learning_rate": 0.1}}
-    assert (fake.init["project"], fake.init["group"], fake.init["tags"], fake.init["mode"]) == ("p", "g", ["t"], "offline")
+    assert (fake.init["project"], fake.init["group"], fake.init["tags"], fake.init["mode"]) == (
+        "p",
+        "g",
+        ["t"],
+        "offline",
+    )
     assert tracker.run_id == "abc123" and run.record["tracker_id"] == "abc123" and "wandb sync" in tracker.note
     setup.run_training(tmp_path / "inner", max_steps=3, tracker=tracker)
     assert [step for step, _ in fake.run.lines] == [0, 1, 2, 3, 3]

@@ -45,16 +45,14 @@ class SFT:
         self.note = (
             None
             if head
-            else (
-                f"the head of {type(model).__name__} is not understood: full logits are computed, which takes more memory"
-            )
+            else f"the head of {type(model).__name__} is not understood: full logits are computed, in more memory"
         )
 
     def loss_sum(self, batch: Batch) -> tuple[Tensor, int]:
         """The summed loss over the learnt positions (float32 scalar with a graph) and their number.
 
-        A mixture-of-experts model's load-balancing term counts once for every learnt token, so that after division by the
-        tokens of the step it enters with the model's own coefficient.
+        A mixture-of-experts model's load-balancing term counts once for every learnt token, so that after division
+        by the tokens of the step it enters with the model's own coefficient.
         """
         labels_BS = batch.shifted_labels_BS()
         learnt_BS = labels_BS != IGNORE
@@ -97,7 +95,7 @@ def head_loss(head: Head, hidden_NH: Tensor, labels_N: Tensor) -> Tensor:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether something else takes part in the module's forward, so that its weight alone does not say what it computes."""
+    """Whether something else takes part in the module's forward, so that its weight alone does not decide."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
@@ -108,7 +106,8 @@ def _chunks_through(head: Head, hidden_NH: Tensor, labels_N: Tensor) -> Tensor:
         z_CV = head.module(hidden_CH)
         return F.cross_entropy(logits_of(z_CV, head.scale, head.softcap).float(), labels_C, reduction="sum")
 
-    vocab = int(head.module.out_features) if hasattr(head.module, "out_features") else 2**17
+    known: Any = getattr(head.module, "out_features", None)
+    vocab = int(known) if known else 2**17
     rows = chunk_rows(vocab)
     total = torch.zeros((), dtype=torch.float32, device=hidden_NH.device)
     for start in range(0, len(labels_N), rows):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 PAGED_FROM = 100_000
-"""Elements from which bitsandbytes pages a state tensor (`Optimizer2State.get_state_buffer`); smaller ones stay resident."""
+"""Elements from which bitsandbytes pages a state tensor (`Optimizer2State.get_state_buffer`); smaller ones stay
+resident."""
 
 
 def works_here(optimizer_type: str, device: torch.device) -> str | None:

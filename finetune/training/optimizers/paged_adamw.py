@@ -1,4 +1,7 @@
-"""AdamW whose 32-bit state lives in memory that the device pages out when it is short (Dettmers et al. 2023,narXiv:2305.14314, section 3)."""
+"""AdamW whose 32-bit state lives in memory that the device pages out when it is short.
+
+Dettmers et al. 2023, arXiv:2305.14314, section 3.
+"""
 
 from __future__ import annotations
 

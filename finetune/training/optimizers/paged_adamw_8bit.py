@@ -1,4 +1,7 @@
-"""8-bit AdamW whose state lives in memory that the device pages out when it is short (Dettmers et al. 2023,narXiv:2305.14314, section 3)."""
+"""8-bit AdamW whose state lives in memory that the device pages out when it is short.
+
+Dettmers et al. 2023, arXiv:2305.14314, section 3.
+"""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlparse
 
 from finetune.errors import ConfigError, nearest
@@ -111,7 +111,7 @@ class Wandb:
         def send() -> None:
             import wandb
 
-            self._run.log({name: wandb.Table(columns=columns, data=rows)})
+            self._run.log({name: wandb.Table(columns=list(columns), data=rows)})
 
         self._guarded(send)
 
@@ -155,7 +155,7 @@ class Wandb:
             dir=str(self.directory.path),
             id=known,
             resume="allow" if known else None,
-            mode=mode,
+            mode=cast(Any, mode),
             settings=wandb.Settings(silent=True, console="off"),
         )
         self.run_id = self._run.id
