@@ -1,10 +1,10 @@
 """Cross entropy straight from hidden states, so that the logits of all positions never exist at once.
 
 For a row of hidden states h and a head W, b the logits are `z = cap(scale * (W h + b))` with `cap(z) = c tanh(z / c)`
-where the model caps them, and the loss is `logsumexp(z) - z[label]`. Rows are taken a chunk at a time; a chunk's gradient
-`(softmax(z) - onehot)` is folded into the gradient of the hidden states (and of the head, where it trains) before its
-logits are dropped. This is the scheme of Cut Cross-Entropy (Wijmans et al. 2025, arXiv:2411.09009) and of Liger
-Kernel's fused linear cross entropy (Hsu et al. 2024, arXiv:2410.10989, section 3.2) in plain torch.
+where the model caps them, and the loss is `logsumexp(z) - z[label]`. Rows are taken a chunk at a time; the gradient of
+a chunk, `softmax(z) - onehot`, is folded into the gradient of the hidden states (and of the head, where it trains)
+before its logits are dropped. This is the scheme of Cut Cross-Entropy (Wijmans et al. 2025, arXiv:2411.09009) and of
+Liger Kernel's fused linear cross entropy (Hsu et al. 2024, arXiv:2410.10989, section 3.2) in plain torch.
 
 Shape suffixes: N learnt positions, C positions of one chunk, H hidden features, V vocabulary.
 """
@@ -23,7 +23,7 @@ CHUNK_BYTES = 32 * 2**20
 
 
 def chunk_rows(vocab: int) -> int:
-    """Positions whose float32 logits fit `CHUNK_BYTES`; at least 16, because products over fewer waste the machine."""
+    """Positions whose float32 logits fit `CHUNK_BYTES`; at least 16, as products over fewer waste the machine."""
     return max(16, CHUNK_BYTES // (4 * vocab))
 
 

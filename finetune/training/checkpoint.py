@@ -154,12 +154,19 @@ def rotate(directory: Path, keep: int, protected: Iterable[int]) -> None:
 
     Never deletes the newest whole one, nor those whose step is protected. Whole means here that every file has its
     size: hashing all of them at every save would cost more than the save.
+
+    Raises:
+        RunError: when one cannot be deleted.
     """
     spared = set(protected)
     whole = [path for path in listed(directory) if _sizes_match(path)]
     for path in whole[: -max(1, keep)]:
-        if step_of(path) not in spared:
+        if step_of(path) in spared:
+            continue
+        try:
             remove(path)
+        except OSError as error:
+            raise RunError(f"old checkpoint {path} cannot be removed: {error.strerror or error}") from error
 
 
 def planned_bytes(parameter_bytes: int, state_bytes: int, keep: int) -> int:

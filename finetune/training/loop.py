@@ -95,6 +95,8 @@ def train(
     for line in (note, objective.note, masked if by_mask else None):
         if line:
             loop.note(line)
+    if group.main and tracker.note:
+        print(tracker.note, flush=True)
     with run.phase("train"), training_mode(model, config.gradient_checkpointing), StopSignals() as signals:
         return loop.run(signals)
 
