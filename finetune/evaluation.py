@@ -42,7 +42,7 @@ class EvalLoss:
 
 @torch.no_grad()
 def loss_per_token(loss_sum: Callable[[Batch], tuple[Tensor, int]], batches: Iterable[Batch]) -> EvalLoss:
-    """Mean of an objective's `loss_sum` over batches, weighted by their learnt tokens. The model's mode is the caller's."""
+    """Mean of an objective's `loss_sum` over all learnt tokens of the batches. The model's mode is the caller's."""
     total, tokens = 0.0, 0
     for batch in batches:
         loss, count = loss_sum(batch)
@@ -149,7 +149,7 @@ class Divergence:
     agreed: int = 0
 
     def add(self, reference_PV: Tensor, candidate_PV: Tensor) -> None:
-        """Add positions from two sets of log-probabilities of the same shape; sums run in float64 over the whole vocabulary.
+        """Add positions from two sets of log-probabilities of the same shape; sums run in float64 over all tokens.
 
         Raises:
             ValueError: when the shapes differ.

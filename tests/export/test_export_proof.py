@@ -25,6 +25,7 @@ from finetune.export.client import ClientFailed, ask, probe
 from finetune.export.config import ExportConfig
 from finetune.export.export import export, unlike
 from finetune.export.formats import safetensors
+from finetune.export.verify import still
 from finetune.quant.nf4 import NF4Config
 
 CLIENT = Path(client.SCRIPT)
@@ -32,13 +33,14 @@ CLIENT = Path(client.SCRIPT)
 
 @pytest.fixture(scope="module")
 def trained(make_trained: Callable[..., Trained]) -> Trained:
-    return make_trained(llama(), NF4Config())
+    return make_trained(llama(), NF4Config(), dtype="bfloat16")
 
 
 def loss_of(trained: Trained) -> float:
     losses = RowLosses()
-    for part in predictions(trained.source.model, eval_batches(trained.rows, 8, 0), "cpu"):
-        losses.add(part.losses_P(), part.rows_P)
+    with still(trained.source.model, torch.float32):
+        for part in predictions(trained.source.model, eval_batches(trained.rows, 8, 0), "cpu"):
+            losses.add(part.losses_P(), part.rows_P)
     return losses.loss
 
 
