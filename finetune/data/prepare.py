@@ -19,7 +19,7 @@ from finetune.data.samples import Sample, sample
 from finetune.data.sources import PYDOCS, Source, recognise_all, resolve
 from finetune.data.split import held_out
 from finetune.data.templates import ChatTemplate, choose_template
-from finetune.data.tokenizing import Side, as_weighted, read_examples, take, tokenize_side
+from finetune.data.tokenizing import Recipe, Side, as_weighted, read_examples, take, tokenize_side
 from finetune.data.validation import Faults
 from finetune.errors import DataError
 
@@ -148,7 +148,7 @@ def _make(plan: _Plan, template: str | None) -> Prepared:
 
 
 def _tokenize(key: str, plan: _Plan, sources: list[Source], forms: list[Format]) -> Side:
-    return tokenize_side(key, sources, forms, plan.config, plan.tokenizer, plan.template, plan.max_length)
+    return tokenize_side(key, sources, forms, Recipe(plan.config, plan.tokenizer, plan.template, plan.max_length))
 
 
 def _held_out(side: Side, plan: _Plan) -> list[int]:

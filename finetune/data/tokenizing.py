@@ -75,36 +75,42 @@ def read_examples(
             yield Example(raw.origin, conversation)
 
 
-def tokenize_side(
-    key: str,
-    sources: list[Source],
-    forms: list[Format],
-    config: DataConfig,
-    tokenizer: Any,
-    template: ChatTemplate | None,
-    max_length: int,
-) -> Side:
+@dataclass(frozen=True)
+class Recipe:
+    """How conversations become token rows.
+
+    Attributes:
+        config: what to do with rows that do not fit.
+        tokenizer: a fast one.
+        template: of chats and instructions.
+        max_length: tokens a row.
+    """
+
+    config: DataConfig
+    tokenizer: Any
+    template: ChatTemplate | None
+    max_length: int
+
+
+def tokenize_side(key: str, sources: list[Source], forms: list[Format], recipe: Recipe) -> Side:
     """Read, check, render, tokenize, label and cut all rows of a side.
 
     Args:
         key: `data.train` or `data.eval`, in messages.
         sources, forms: where the rows come from and what they are.
-        config: what to do with rows that do not fit.
-        tokenizer: a fast one.
-        template: of chats and instructions.
-        max_length: tokens a row.
+        recipe: how.
 
     Raises:
         DataError: when too many rows are faulty, or none is left.
     """
-    masker, faults, side = Masker(tokenizer), Faults(), Side(TokenRows.of([]))
+    masker, faults, side = Masker(recipe.tokenizer), Faults(), Side(TokenRows.of([]))
     collected: list[Row] = []
     count = 0
     for number, (source, form) in enumerate(zip(sources, forms, strict=True)):
         side.report.formats[source.name] = form.name
-        stream = read_examples(source, form, config, side.report, faults)
+        stream = read_examples(source, form, recipe.config, side.report, faults)
         while chunk := list(islice(stream, _CHUNK)):
-            for index, rows in _tokenize_chunk(chunk, config, masker, template, max_length, side.report, faults):
+            for index, rows in _tokenize_chunk(chunk, recipe, masker, side.report, faults):
                 example, times = chunk[index].conversation, len(rows)
                 collected += rows
                 side.prompts += [example.prompt_digest()] * times
@@ -114,32 +120,22 @@ def tokenize_side(
                 side.sources += [number] * times
             count += len(chunk)
     side.report.faulty, side.report.faults = faults.count, faults.shown
-    long = side.report.too_long
-    otherwise = (
-        f"{long} are longer than {max_length} tokens (data.max_length) and data.too_long={config.too_long}"
-        if long
-        else ""
-    )
-    faults.check(key, side.report.rows, len(collected), config.max_bad_fraction, otherwise)
+    long, policy = side.report.too_long, recipe.config.too_long
+    reason = f"{long} are longer than {recipe.max_length} tokens (data.max_length) and data.too_long={policy}"
+    faults.check(key, side.report.rows, len(collected), recipe.config.max_bad_fraction, reason if long else "")
     side.rows = TokenRows.of(collected)
     return side
 
 
 def _tokenize_chunk(
-    chunk: list[Example],
-    config: DataConfig,
-    masker: Masker,
-    template: ChatTemplate | None,
-    max_length: int,
-    report: SideReport,
-    faults: Faults,
+    chunk: list[Example], recipe: Recipe, masker: Masker, report: SideReport, faults: Faults
 ) -> Iterator[tuple[int, list[Row]]]:
     """Place in the chunk and rows of each example that can be learnt from."""
     rendered: list[Rendered] = []
     places: list[int] = []
     for index, example in enumerate(chunk):
         try:
-            rendered.append(render(example.conversation, template, masker.tokenizer))
+            rendered.append(render(example.conversation, recipe.template, recipe.tokenizer))
             places.append(index)
         except BadRow as bad:
             faults.add(example.origin, str(bad))
@@ -149,9 +145,9 @@ def _tokenize_chunk(
             faults.add(origin, encoded.fault)
             continue
         report.straddling += encoded.straddles
-        report.too_long += len(encoded.row.input_ids) > max_length
+        report.too_long += len(encoded.row.input_ids) > recipe.max_length
         try:
-            yield index, fit(encoded.row, max_length, config.too_long, origin)
+            yield index, fit(encoded.row, recipe.max_length, recipe.config.too_long, origin)
         except BadRow as bad:
             faults.add(origin, str(bad))
 

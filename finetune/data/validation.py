@@ -50,17 +50,22 @@ class Faults:
 
     Attributes:
         shown: `file:line: reason` of the first few.
-        count: all of them.
+        origins: where all of them stand.
     """
 
     shown: list[str] = field(default_factory=list)
-    count: int = 0
+    origins: set[str] = field(default_factory=set)
+
+    @property
+    def count(self) -> int:
+        """How many rows are faulty."""
+        return len(self.origins)
 
     def add(self, origin: str, reason: str) -> None:
-        """Count a faulty row."""
-        self.count += 1
-        if len(self.shown) < SHOWN:
+        """Count a faulty row; once, though several of its answers be faulty."""
+        if origin not in self.origins and len(self.shown) < SHOWN:
             self.shown.append(f"{origin}: {reason}")
+        self.origins.add(origin)
 
     def check(self, key: str, rows: int, usable: int, max_bad_fraction: float, otherwise: str = "") -> None:
         """Refuse data with too many faulty rows, or none that can be used.

@@ -103,6 +103,28 @@ def test_rows_in_memory_and_tiny_data(plain_tokenizer: Any) -> None:
     assert (len(five.train), len(five.eval)) == (4, 1)
 
 
+def test_prompts_are_those_of_the_held_out_rows_across_sources_and_chunks(write: Write, plain_tokenizer: Any) -> None:
+    first: list[Any] = questions(300)
+    first[299] = {"prompt": "long " * 200, "completion": "never reached"}
+    data = ready([write(first, "a.jsonl"), write(questions(300, start=1000), "b.jsonl")], plain_tokenizer)
+    assert data.report.train.faulty == 1
+    held = texts(data.eval, plain_tokenizer)
+    assert len(data.prompts) == len(held) == 16
+    assert sorted(f"{item.prompt}[[{item.reference}<|end|>]]" for item in data.prompts) == sorted(held)
+    assert {
+        "question 1" in item.prompt and len(item.prompt.split("question ")[1].split()[0]) == 4 for item in data.prompts
+    } == {
+        True,
+        False,
+    }
+
+
+def test_a_row_with_several_faulty_answers_is_one_faulty_row(plain_tokenizer: Any) -> None:
+    rows = [{"prompt": "long " * 100, "completion": ["a", "b", "c"]}, *questions(9)]
+    data = ready(rows, plain_tokenizer, max_length=64, chat_template="chatml", max_bad_fraction=0.1)
+    assert data.report.train.faulty == 1
+
+
 def test_a_list_of_answers_gives_rows_that_stay_on_one_side(plain_tokenizer: Any) -> None:
     rows = [{"mr": f"name {i}", "refs": [f"one {i}", f"two {i}", f"three {i}"]} for i in range(40)]
     data = ready(rows, plain_tokenizer, columns={"prompt": "mr", "completion": "refs"})

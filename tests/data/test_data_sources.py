@@ -289,3 +289,8 @@ def test_looking_at_sources_loads_neither_torch_nor_transformers(tmp_path: Path)
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_name_no_file_system_takes_is_one_line() -> None:
+    with pytest.raises(DataError, match=r"x\.jsonl cannot be read: File name too long"):
+        resolve("x" * 5000 + "x.jsonl", "data.train")
