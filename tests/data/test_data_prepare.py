@@ -111,12 +111,8 @@ def test_prompts_are_those_of_the_held_out_rows_across_sources_and_chunks(write:
     held = texts(data.eval, plain_tokenizer)
     assert len(data.prompts) == len(held) == 16
     assert sorted(f"{item.prompt}[[{item.reference}<|end|>]]" for item in data.prompts) == sorted(held)
-    assert {
-        "question 1" in item.prompt and len(item.prompt.split("question ")[1].split()[0]) == 4 for item in data.prompts
-    } == {
-        True,
-        False,
-    }
+    numbers = [int(item.prompt.split("question ")[1].split()[0]) for item in data.prompts]
+    assert min(numbers) < 300 <= 1000 <= max(numbers), "rows of both files are held out"
 
 
 def test_a_row_with_several_faulty_answers_is_one_faulty_row(plain_tokenizer: Any) -> None:
@@ -394,11 +390,17 @@ def test_a_report_survives_json(write: Write, plain_tokenizer: Any) -> None:
 @pytest.mark.parametrize(
     ("file", "settings", "words"),
     [
-        ("instruct/alpaca_2k.jsonl", {}, "1960 rows to learn from"),
+        ("instruct/llms_from_scratch_1100.jsonl", {}, "1078 rows to learn from"),
+        pytest.param("instruct/alpaca_2k.jsonl", {}, "1960 rows to learn from", marks=pytest.mark.slow),
         ("chat/sgd_dev_100.jsonl", {}, "(messages)"),
         ("chat/glaive_toolcall_300.jsonl", {"too_long": "drop"}, "(sharegpt)"),
         ("sql/wikisql_dev.jsonl", {"columns": {"prompt": "question", "completion": "sql"}}, "980 rows to learn from"),
-        ("nlg/e2e_dev.jsonl", {"columns": {"completion": "refs"}, "template": "{mr} -> "}, "4672 examples"),
+        pytest.param(
+            "nlg/e2e_dev.jsonl",
+            {"columns": {"completion": "refs"}, "template": "{mr} -> "},
+            "4672 examples",
+            marks=pytest.mark.slow,
+        ),
         ("lm/tinystories_train.jsonl", {}, "931 rows to learn from"),
     ],
 )
