@@ -12,6 +12,8 @@ Importing this package costs nothing: every name is looked up when it is first u
 from __future__ import annotations
 
 import importlib
+import sys
+import types
 from typing import Any
 
 _PUBLIC = {
@@ -30,6 +32,20 @@ _PUBLIC = {
 __all__ = sorted(_PUBLIC)
 
 
+class _Package(types.ModuleType):
+    """The package with `export` as the function. There is a room of that name too, and importing a submodule binds it
+    on its package; a property stands before that binding, so `ft.export(...)` works whatever was imported first."""
+
+    @property
+    def export(self) -> Any:
+        """`finetune.api.export`."""
+        return importlib.import_module(_PUBLIC["export"]).export
+
+    @export.setter
+    def export(self, room: types.ModuleType) -> None:
+        """What the import system binds stays reachable as `sys.modules["finetune.export"]`."""
+
+
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'finetune' has no attribute {name!r}")
@@ -38,3 +54,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+sys.modules[__name__].__class__ = _Package

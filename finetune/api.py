@@ -29,7 +29,7 @@ from finetune.training.protocols import TrainResult
 
 @dataclass
 class Known:
-    """What is known of a loaded model. `loaded` holds everything but the model itself, which stays the caller's alone."""
+    """What is known of a loaded model. `loaded` holds everything but the model, which stays the caller's alone."""
 
     loaded: Any
     dtype: str
@@ -87,8 +87,16 @@ def attach(model: Any, config: AdapterConfig) -> Adapter:
 
 
 def train(
-    model: Any, tokenizer: Any, data: Any, adapter: Adapter, *, train: TrainConfig | None = None,
-    optim: OptimConfig | None = None, objective: ObjectiveConfig | None = None, seed: int = 0, name: str = "run",
+    model: Any,
+    tokenizer: Any,
+    data: Any,
+    adapter: Adapter,
+    *,
+    train: TrainConfig | None = None,
+    optim: OptimConfig | None = None,
+    objective: ObjectiveConfig | None = None,
+    seed: int = 0,
+    name: str = "run",
     output_dir: str | Path | None = None,
 ) -> TrainResult:
     """Fine-tune with the same loop as the command line; metrics, checkpoints and the adapter go to a run directory.
@@ -116,9 +124,15 @@ def train(
     settings = train or TrainConfig()
     settings.dtype = known.dtype
     config = RunConfig(
-        name=name, seed=seed, model=known.path, adapter=adapter.config, train=settings,
+        name=name,
+        seed=seed,
+        model=known.path,
+        adapter=adapter.config,
+        train=settings,
         data=data if isinstance(data, DataConfig) else DataConfig(train=data),
-        optim=optim or AdamWConfig(), objective=objective or SFTConfig(), tracking=OffConfig(),
+        optim=optim or AdamWConfig(),
+        objective=objective or SFTConfig(),
+        tracking=OffConfig(),
     )
     accelerator = make_accelerator(str(next(model.parameters()).device))
     with RunDirectory.create(name, None if output_dir is None else str(output_dir)) as run:
@@ -137,7 +151,12 @@ def train(
 
 
 def export(
-    model: Any, tokenizer: Any, directory: str | Path, formats: Sequence[str], *, data: Any = None,
+    model: Any,
+    tokenizer: Any,
+    directory: str | Path,
+    formats: Sequence[str],
+    *,
+    data: Any = None,
     config: ExportConfig | None = None,
 ) -> list[Proof]:
     """Write merged models and prove each in a fresh interpreter.

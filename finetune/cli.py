@@ -57,11 +57,13 @@ def main() -> None:
 def usage() -> str:
     """The verbs, a line each."""
     lines = [f"  finetune {verb:<8} {what}" for verb, (_, what) in VERBS.items()]
-    return "\n".join(["usage: finetune VERB [key=value ...]", "", *lines, "", "`finetune train --help` lists every key."])
+    return "\n".join(
+        ["usage: finetune VERB [key=value ...]", "", *lines, "", "`finetune train --help` lists every key."]
+    )
 
 
 def guarded(work: Callable[[], int]) -> int:
-    """Run `work`; an expected failure becomes one line and its exit code, anything else is a bug and shows its traceback."""
+    """Run `work`; an expected failure becomes one line and its exit code, anything else is a bug and is shown whole."""
     try:
         return work()
     except UserError as error:
@@ -99,6 +101,7 @@ def _launch(entry: Callable[[], None], config_dir: Path, arguments: list[str]) -
     from hydra._internal.utils import get_args_parser
 
     from finetune.compose import compose_config, expand, prepare_hydra
+    from finetune.processes import asked_for, start
 
     prepare_hydra()
     parsed = get_args_parser().parse_args(arguments)
@@ -108,6 +111,9 @@ def _launch(entry: Callable[[], None], config_dir: Path, arguments: list[str]) -
         jobs = expand(parsed.overrides) if parsed.multirun else [parsed.overrides]
         for overrides in jobs:
             compose_config(overrides, config_dir.resolve(), extra)
+    count = 1 if asks_only else asked_for()
+    if count > 1:
+        return start(count)
     # Hydra's launchers read the command line again; a job that fails is recorded in JOBS and never raises into them.
     entry()
     if parsed.multirun and JOBS.done and os.environ.get("RANK", "0") == "0":

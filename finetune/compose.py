@@ -29,7 +29,7 @@ CONFIG_NAME = "train"
 
 
 class UserConfigs(SearchPathPlugin):
-    """Puts ./conf and installed plug-ins' configs behind ours, so that a user adds choices without touching the package."""
+    """Puts ./conf of the working directory behind ours, so that a user adds choices without touching the package."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         """Append ./conf where the working directory has one."""
@@ -141,8 +141,10 @@ def _composition_message(error: Exception, overrides: list[str], groups: dict[st
         group, value = override.key_or_group, override.value()
         if group in groups and isinstance(value, str) and value not in groups[group]:
             sign = "+" if override.is_add() else ""
-            return (f"{sign}{group}={value}: there is no such choice; have {', '.join(groups[group])}"
-                    f"{nearest(value, groups[group])}")
+            return (
+                f"{sign}{group}={value}: there is no such choice; have {', '.join(groups[group])}"
+                f"{nearest(value, groups[group])}"
+            )
         if group in groups and override.is_add() and group != "experiment":
             return f"+{group}={value}: {group} has a default already; write {group}={value}"
     cause: BaseException | None = error

@@ -33,7 +33,13 @@ from finetune.training.config import (
 )
 
 FORMAT_VERSION = 1
-GROUPS: dict[str, Registry[Any]] = {"quant": QUANTIZERS, "adapter": ADAPTERS, "objective": OBJECTIVES, "optim": OPTIMIZERS, "tracking": TRACKERS}
+GROUPS: dict[str, Registry[Any]] = {
+    "quant": QUANTIZERS,
+    "adapter": ADAPTERS,
+    "objective": OBJECTIVES,
+    "optim": OPTIMIZERS,
+    "tracking": TRACKERS,
+}
 """Config groups whose choices are found by a scan; the key is the group's name in `conf/` and in the tree."""
 
 PLUGGED: dict[str, list[str]] = {}
@@ -206,8 +212,10 @@ def resumed(saved: DictConfig, given: DictConfig, overrides: list[str], director
             different.append(f"{key} was {_plain(before)} and would be {_plain(after)}")
     if different:
         allowed = ", ".join(RESUMABLE)
-        raise ConfigError(f"resume={directory} restores the run's own configuration; {'; '.join(different)}"
-                          f" (only {allowed} may change)")
+        raise ConfigError(
+            f"resume={directory} restores the run's own configuration; {'; '.join(different)}"
+            f" (only {allowed} may change)"
+        )
     result.resume = directory
     result.output_dir = None
     return result

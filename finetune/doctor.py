@@ -7,8 +7,20 @@ import os
 import platform
 import sys
 
-PACKAGES = ("finetune-kit", "torch", "transformers", "accelerate", "bitsandbytes", "datasets", "safetensors", "peft",
-            "hydra-core", "wandb", "triton", "numpy")
+PACKAGES = (
+    "finetune-kit",
+    "torch",
+    "transformers",
+    "accelerate",
+    "bitsandbytes",
+    "datasets",
+    "safetensors",
+    "peft",
+    "hydra-core",
+    "wandb",
+    "triton",
+    "numpy",
+)
 
 
 def versions() -> dict[str, str]:
@@ -34,13 +46,17 @@ def backends() -> dict[str, str]:
         state["cuda"] = "off: this torch was built without CUDA or ROCm"
     else:
         state["cuda"] = "off: torch sees no device (driver missing, or CUDA_VISIBLE_DEVICES empty)"
-    state["bfloat16 on the CPU"] = "on" if cpu_has_bf16() else "off: no AVX512-BF16 or AMX; train.dtype=auto is fp32 here"
+    state["bfloat16 on the CPU"] = (
+        "on" if cpu_has_bf16() else "off: no AVX512-BF16 or AMX; train.dtype=auto is fp32 here"
+    )
     try:
         import bitsandbytes  # noqa: F401
     except Exception as error:
         state["bitsandbytes"] = f"off: {type(error).__name__}: {str(error).splitlines()[0]}"
     else:
-        state["bitsandbytes"] = "on" if torch.cuda.is_available() else "on for exports; 8-bit and paged optimizers need CUDA"
+        state["bitsandbytes"] = (
+            "on" if torch.cuda.is_available() else "on for exports; 8-bit and paged optimizers need CUDA"
+        )
     state["Weights & Biases"] = wandb_state()
     return state
 
@@ -72,7 +88,11 @@ def report(model_path: str | None = None) -> str:
     """The whole report as text; with `model_path` also what the model is made of."""
     import torch
 
-    lines = ["```", f"finetune doctor, Python {platform.python_version()} ({sys.executable})", f"system: {platform.platform()}"]
+    lines = [
+        "```",
+        f"finetune doctor, Python {platform.python_version()} ({sys.executable})",
+        f"system: {platform.platform()}",
+    ]
     lines.append(f"cores: {os.cpu_count()}, torch threads: {torch.get_num_threads()}")
     lines += [f"{name}: {version}" for name, version in versions().items()]
     lines += [f"{name}: {state}" for name, state in backends().items()]
@@ -98,10 +118,16 @@ def describe(model_path: str) -> list[str]:
     structure = inspect(model)
     weights = sum(p.numel() for p in model.parameters())
     adapted = sum(p.in_features * p.out_features * p.experts for p in structure.projections)
-    lines = [f"model: {model_path}: {weights:,} weights, {len(structure.blocks)} blocks, head {structure.head}"
-             f"{' (tied)' if structure.tied else ''}",
-             f"quantized and open to LoRA: {adapted:,} weights ({adapted / weights:.1%}) in {len(structure.projections)}"
-             " projections; in the first block:"]
-    lines += [f"  {p.name}: {p.kind} {p.in_features} -> {p.out_features}" + (f" x {p.experts} experts" if p.experts > 1 else "")
-              for p in structure.projections if p.block == 0]
+    tied = " (tied)" if structure.tied else ""
+    share = f"{adapted:,} weights ({adapted / weights:.1%}) in {len(structure.projections)} projections"
+    lines = [
+        f"model: {model_path}: {weights:,} weights, {len(structure.blocks)} blocks, head {structure.head}{tied}",
+        f"quantized and open to LoRA: {share}; in the first block:",
+    ]
+    lines += [
+        f"  {p.name}: {p.kind} {p.in_features} -> {p.out_features}"
+        + (f" x {p.experts} experts" if p.experts > 1 else "")
+        for p in structure.projections
+        if p.block == 0
+    ]
     return lines

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from finetune.config import RunConfig, save_config
 from finetune.errors import ConfigError, ProofError
@@ -43,7 +43,9 @@ def check_early(config: RunConfig) -> None:
     if config.data.max_length is not None:
         context = context_length(config.model)
         if config.data.max_length > context:
-            raise ConfigError(f"data.max_length is {config.data.max_length}, longer than the model's context of {context} tokens")
+            raise ConfigError(
+                f"data.max_length is {config.data.max_length}, longer than the model's context of {context} tokens"
+            )
 
 
 def check_device(device: str) -> None:
@@ -56,7 +58,9 @@ def check_device(device: str) -> None:
 
     kind = device.partition(":")[0]
     if kind == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device is {device}, but torch sees no CUDA device (`finetune doctor` says why); use device=cpu")
+        raise ConfigError(
+            f"device is {device}, but torch sees no CUDA device (`finetune doctor` says why); use device=cpu"
+        )
     if kind == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("device is mps, but torch sees no Metal device; use device=cpu")
 
@@ -136,9 +140,15 @@ def export_source(loaded: Any, adapter: Any, tokenizer: Any, dtype: str, config:
     from finetune.export.base import ExportSource
 
     return ExportSource(
-        model=loaded.model, adapter=adapter, tokenizer=tokenizer, base_path=loaded.base_path,
-        dtype=torch_dtype("bf16" if dtype == "fp32" else dtype), quantization_config=loaded.quantization_config,
-        max_shard_bytes=int(config.max_shard_gb * 1e9), digests=loaded.digests, storage=loaded.storage,
+        model=loaded.model,
+        adapter=adapter,
+        tokenizer=tokenizer,
+        base_path=loaded.base_path,
+        dtype=torch_dtype("bf16" if dtype == "fp32" else dtype),
+        quantization_config=loaded.quantization_config,
+        max_shard_bytes=int(config.max_shard_gb * 1e9),
+        digests=loaded.digests,
+        storage=loaded.storage,
     )
 
 
@@ -182,7 +192,10 @@ class Runner:
 
         config = self.config
         self.run.imports_done()
-        say(self.accelerator, f"loading {config.model.path} ({config.quant.name}, {self.dtype} on {self.accelerator.device})")
+        say(
+            self.accelerator,
+            f"loading {config.model.path} ({config.quant.name}, {self.dtype} on {self.accelerator.device})",
+        )
         self.loaded = load(config.model, config.quant, torch_dtype(self.dtype), str(self.accelerator.device))
         if config.adapter.path is not None:
             allow = config.adapter.allow_other_quant
@@ -192,12 +205,21 @@ class Runner:
         self.adapter = attach(self.loaded.model, config.adapter)
         trained = sum(p.numel() for p in self.adapter.trainable().values())
         total = sum(getattr(module, "weights", 0) for module in self.loaded.model.modules())
-        say(self.accelerator, f"training {trained:,} adapter weights" + (f" beside {total:,} frozen ones" if total else ""))
+        say(
+            self.accelerator,
+            f"training {trained:,} adapter weights" + (f" beside {total:,} frozen ones" if total else ""),
+        )
         for note in self.loaded.notes:
             self.run.note(note)
             say(self.accelerator, note)
-        self.run.update(device=str(self.accelerator.device), dtype=self.dtype, seed=config.seed, digests=self.loaded.digests,
-                        processes=self.accelerator.num_processes, trainable=trained)
+        self.run.update(
+            device=str(self.accelerator.device),
+            dtype=self.dtype,
+            seed=config.seed,
+            digests=self.loaded.digests,
+            processes=self.accelerator.num_processes,
+            trainable=trained,
+        )
 
     def prepare(self) -> None:
         from finetune.data.prepare import prepare
@@ -224,8 +246,15 @@ class Runner:
         from finetune.training.preflight import preflight
 
         lines = preflight(
-            self.loaded.model, self.adapter, self.data.train, objective=self.objective, tokenizer=self.loaded.tokenizer,
-            config=self.config.train, accelerator=self.accelerator, pad_id=self.loaded.pad_id, packing=self.data.packing,
+            self.loaded.model,
+            self.adapter,
+            self.data.train,
+            objective=self.objective,
+            tokenizer=self.loaded.tokenizer,
+            config=self.config.train,
+            accelerator=self.accelerator,
+            pad_id=self.loaded.pad_id,
+            packing=self.data.packing,
         )
         for line in lines:
             say(self.accelerator, line)
@@ -234,10 +263,20 @@ class Runner:
         from finetune.training.loop import train
 
         return train(
-            self.loaded.model, self.adapter, self.data.train, self.data.eval, objective=self.objective,
-            config=self.config.train, optim=self.config.optim, run=self.run, tracker=self.tracker,
-            accelerator=self.accelerator, pad_id=self.loaded.pad_id, packing=self.data.packing,
-            max_length=self.max_length, seed=self.config.seed,
+            self.loaded.model,
+            self.adapter,
+            self.data.train,
+            self.data.eval,
+            objective=self.objective,
+            config=self.config.train,
+            optim=self.config.optim,
+            run=self.run,
+            tracker=self.tracker,
+            accelerator=self.accelerator,
+            pad_id=self.loaded.pad_id,
+            packing=self.data.packing,
+            max_length=self.max_length,
+            seed=self.config.seed,
         )
 
     def finish(self, result: Any) -> Outcome:
@@ -249,12 +288,21 @@ class Runner:
             samples = self.samples()
         with self.run.phase("export"):
             proofs = self.export()
-        self.run.update(status="finished", best_eval=result.best_eval, first_eval=result.first_eval,
-                        last_eval=result.last_eval, steps=result.steps, stopped=result.status,
-                        skipped_steps=result.skipped_steps)
+        self.run.update(
+            status="finished",
+            best_eval=result.best_eval,
+            first_eval=result.first_eval,
+            last_eval=result.last_eval,
+            steps=result.steps,
+            stopped=result.status,
+            skipped_steps=result.skipped_steps,
+        )
         if result.first_eval is not None and result.best_eval is not None:
             fall = 1 - result.best_eval / result.first_eval
-            print(f"held-out loss {result.first_eval:.4f} -> {result.best_eval:.4f} nats a token ({fall:.1%} lower)", flush=True)
+            print(
+                f"held-out loss {result.first_eval:.4f} -> {result.best_eval:.4f} nats a token ({fall:.1%} lower)",
+                flush=True,
+            )
         report = write_report(self.run.path)
         failed = [proof.format for proof in proofs if not proof.passed]
         exit_code = ProofError.exit_code if failed else 0
@@ -284,7 +332,10 @@ class Runner:
         rows = [(s.prompt, s.reference, b, a) for s, b, a in zip(chosen, before, after, strict=True)]
         write_samples(self.run.path / "samples.md", rows)
         for prompt, reference, first, last in rows:
-            print(f"\n{prompt.strip()}\n  reference: {reference.strip()}\n  before:    {first}\n  after:     {last}", flush=True)
+            print(
+                f"\n{prompt.strip()}\n  reference: {reference.strip()}\n  before:    {first}\n  after:     {last}",
+                flush=True,
+            )
         print()
         return [list(row) for row in rows]
 
@@ -303,7 +354,9 @@ class Runner:
             self.tracker.table("samples", ["prompt", "reference", "before", "after"], samples)
         summary = {key: value for key, value in asdict(result).items() if isinstance(value, (int, float, str))}
         for proof in proofs:
-            summary |= {f"proof/{proof.format}/{key}": value for key, value in proof.to_dict().items() if key != "format"}
+            summary |= {
+                f"proof/{proof.format}/{key}": value for key, value in proof.to_dict().items() if key != "format"
+            }
         self.tracker.summary(summary)
         self.tracker.artifact(self.run.path / "adapter", f"{self.config.name}-adapter")
         self.tracker.finish(exit_code)

@@ -88,7 +88,9 @@ class Registry(Generic[Config]):
         self.scan()
         builder = self._builders.get(type(config))
         if builder is None:
-            raise ConfigError(f"nothing builds a {self.kind} from {type(config).__name__}; have {', '.join(self._types)}")
+            raise ConfigError(
+                f"nothing builds a {self.kind} from {type(config).__name__}; have {', '.join(self._types)}"
+            )
         return builder(config, *args, **kwargs)
 
 

@@ -30,8 +30,12 @@ def answer(model: nn.Module, tokenizer: Any, prompts: Sequence[str], max_new_tok
     for prompt in prompts:
         ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"].to(device)
         out = model.generate(  # type: ignore[operator]
-            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_new_tokens,
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
         )
         answers.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip())
     model.train(was_training)
@@ -42,8 +46,14 @@ def write_samples(path: Path, rows: Sequence[tuple[str, str, str, str]]) -> None
     """Write samples.md: for each (prompt, reference, before, after) a section with the three answers."""
     parts = ["# Held-out prompts, answered before and after", ""]
     for prompt, reference, before, after in rows:
-        parts += [_quoted("Prompt", prompt), _quoted("Reference", reference), _quoted("Before", before),
-                  _quoted("After", after), "---", ""]
+        parts += [
+            _quoted("Prompt", prompt),
+            _quoted("Reference", reference),
+            _quoted("Before", before),
+            _quoted("After", after),
+            "---",
+            "",
+        ]
     path.write_text("\n".join(parts), "utf-8")
 
 

@@ -1,4 +1,5 @@
-"""Does LoRA on an NF4 base learn as well as on the dense one? `python scripts/bench_learns.py [--story-model DIR --story-data FILE]`.
+"""Does LoRA on an NF4 base learn as well as on the dense one? `python scripts/bench_learns.py`, with another base
+by `--story-model DIR --story-data FILE`.
 
 Runs train.py for each base, storage and seed, and writes the held-out losses to benchmarks/results/learns.json.
 Rows already in the file are kept, so an interrupted benchmark goes on where it stopped.
@@ -27,8 +28,12 @@ def tasks(story_model: str | None, story_data: str | None) -> dict[str, list[str
     found = {"embedded base, pydocs": ["train.max_steps=150", "train.eval_every=50", "train.save_every=null"]}
     if story_model and story_data:
         found["tinystories-656k, TinyStories"] = [
-            f"model.path={story_model}", f"data.train={story_data}", "data.max_length=256", "train.max_steps=150",
-            "train.eval_every=50", "train.save_every=null",
+            f"model.path={story_model}",
+            f"data.train={story_data}",
+            "data.max_length=256",
+            "train.max_steps=150",
+            "train.eval_every=50",
+            "train.save_every=null",
         ]
     return found
 
@@ -38,7 +43,9 @@ def one_run(overrides: list[str], storage: str, seed: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as directory:
         arguments = [*COMMON, *overrides, f"quant={storage}", f"seed={seed}", f"output_dir={directory}/run"]
         subprocess.run([sys.executable, "train.py", *arguments], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-        lines = [json.loads(line) for line in (Path(directory) / "run" / "metrics.jsonl").read_text("utf-8").splitlines()]
+        lines = [
+            json.loads(line) for line in (Path(directory) / "run" / "metrics.jsonl").read_text("utf-8").splitlines()
+        ]
     losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
     return {"eval_loss_first": losses[0], "eval_loss_last": losses[-1]}
 
@@ -64,7 +71,8 @@ def main() -> None:
         for seed in sorted({row["seed"] for row in rows if row["task"] == task}):
             loss = {row["quant"]: row["eval_loss_last"] for row in rows if (row["task"], row["seed"]) == (task, seed)}
             if set(loss) == set(STORAGES):
-                print(f"{task}, seed {seed}: dense {loss['none']:.4f}, NF4 {loss['nf4']:.4f}, ratio {loss['nf4'] / loss['none']:.4f}")
+                dense, nf4 = loss["none"], loss["nf4"]
+                print(f"{task}, seed {seed}: dense {dense:.4f}, NF4 {nf4:.4f}, ratio {nf4 / dense:.4f}")
 
 
 if __name__ == "__main__":

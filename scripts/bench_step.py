@@ -1,7 +1,8 @@
 """A QLoRA training step against PEFT + bitsandbytes: `python scripts/bench_step.py --sizes 25m,160m --rounds 3`.
 
-The same random Llama, LoRA r=16 on all linears, data, seed and AdamW for each engine. Engines take turns, each round in a
-process of its own; step times are CPU time of one thread, medians over the rounds. Writes benchmarks/results/step_cpu.json.
+The same random Llama, LoRA r=16 on all linears, data, seed and AdamW for each engine. Engines take turns, each round in
+a process of its own; step times are CPU time of one thread, medians over the rounds, written to
+benchmarks/results/step_cpu.json.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-from machine import describe_machine
+from machine import describe_machine  # noqa: E402
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "step_cpu.json"
 SIZES = {  # hidden, intermediate, layers, heads, vocabulary
@@ -34,9 +35,16 @@ def random_llama(size: str):
 
     hidden, intermediate, layers, heads, vocabulary = SIZES[size]
     config = LlamaConfig(
-        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=heads, vocab_size=vocabulary, max_position_embeddings=4096, tie_word_embeddings=False,
-        use_cache=False, attn_implementation="sdpa",
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        vocab_size=vocabulary,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+        use_cache=False,
+        attn_implementation="sdpa",
     )
     torch.manual_seed(0)
     return LlamaForCausalLM(config).to(torch.bfloat16)
@@ -81,16 +89,24 @@ def peft_bitsandbytes(size: str) -> tuple[list, Callable]:
         if name.rpartition(".")[2] not in TARGETS:
             continue
         linear = bnb.nn.Linear4bit(
-            module.in_features, module.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4",
+            module.in_features,
+            module.out_features,
+            bias=False,
+            compute_dtype=torch.bfloat16,
+            quant_type="nf4",
             compress_statistics=True,
         )
-        linear.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True)
+        linear.weight = bnb.nn.Params4bit(
+            module.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True
+        )
         model.set_submodule(name, linear.to("cpu"))
     model.is_loaded_in_4bit = True
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     torch.manual_seed(2)
-    config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM", target_modules=TARGETS)
+    config = LoraConfig(
+        r=16, lora_alpha=32, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM", target_modules=TARGETS
+    )
     model = get_peft_model(model, config)
     model.train()
     return [p for p in model.parameters() if p.requires_grad], lambda ids: model(input_ids=ids, labels=ids).loss
@@ -140,8 +156,14 @@ def measure(engine: str, size: str, steps: int) -> dict[str, object]:
         losses.append(round(loss.item(), 4))
         seconds.append(time.process_time() - start)
     step = statistics.median(seconds[2:])
-    return {"engine": engine, "size": size, "step_seconds": step, "tokens_per_second": 1024 / step, "losses": losses,
-            "peak_bytes": memory("VmHWM") - base}
+    return {
+        "engine": engine,
+        "size": size,
+        "step_seconds": step,
+        "tokens_per_second": 1024 / step,
+        "losses": losses,
+        "peak_bytes": memory("VmHWM") - base,
+    }
 
 
 def main() -> None:
@@ -164,13 +186,22 @@ def main() -> None:
                 done = subprocess.run(command, check=True, capture_output=True, text=True)
                 runs[engine].append(json.loads(done.stdout.splitlines()[-1]))
         for engine, found in runs.items():
-            middle = {key: statistics.median(run[key] for run in found) for key in ("step_seconds", "tokens_per_second", "peak_bytes")}
-            rows.append({"engine": engine, "size": size, "rounds": options.rounds, **middle, "losses": found[0]["losses"]})
+            middle = {
+                key: statistics.median(run[key] for run in found)
+                for key in ("step_seconds", "tokens_per_second", "peak_bytes")
+            }
+            rows.append(
+                {"engine": engine, "size": size, "rounds": options.rounds, **middle, "losses": found[0]["losses"]}
+            )
             print(json.dumps(rows[-1]), flush=True)
         mine, theirs = rows[-2], rows[-1]
-        print(f"{size}: speed {mine['tokens_per_second'] / theirs['tokens_per_second']:.2f}x, "
-              f"memory {mine['peak_bytes'] / theirs['peak_bytes']:.2f}x of {theirs['engine']}")
-    RESULTS.write_text(json.dumps({"machine": describe_machine(), "threads": 1, "rows": rows}, indent=1) + "\n", "utf-8")
+        print(
+            f"{size}: speed {mine['tokens_per_second'] / theirs['tokens_per_second']:.2f}x, "
+            f"memory {mine['peak_bytes'] / theirs['peak_bytes']:.2f}x of {theirs['engine']}"
+        )
+    RESULTS.write_text(
+        json.dumps({"machine": describe_machine(), "threads": 1, "rows": rows}, indent=1) + "\n", "utf-8"
+    )
 
 
 if __name__ == "__main__":

@@ -39,7 +39,17 @@ def main() -> None:
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(directory)], check=True)
     constraints = directory / "floors.txt"
     constraints.write_text("\n".join(pins) + "\n", "utf-8")
-    install = [str(directory / "bin" / "python"), "-m", "pip", "install", "-q", "-c", str(constraints), "-e", f"{ROOT}[dev]"]
+    install = [
+        str(directory / "bin" / "python"),
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "-c",
+        str(constraints),
+        "-e",
+        f"{ROOT}[dev]",
+    ]
     subprocess.run(install, check=True, cwd=ROOT)
     stamp.write_text(digest, "utf-8")
 

@@ -13,8 +13,14 @@ PACKAGES = ("torch", "transformers", "accelerate", "bitsandbytes", "peft")
 
 def describe_machine() -> dict[str, str | int]:
     """CPU model, cores, memory in GiB, Python and package versions, and the date."""
-    cpu = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-                if line.startswith("model name")), platform.processor())
+    cpu = next(
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     versions = {}
     for name in PACKAGES:
@@ -22,5 +28,11 @@ def describe_machine() -> dict[str, str | int]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return {"cpu": cpu, "cores": os.cpu_count() or 0, "memory_gib": round(memory), "python": platform.python_version(),
-            "date": datetime.date.today().isoformat(), **versions}
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count() or 0,
+        "memory_gib": round(memory),
+        "python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
+        **versions,
+    }

@@ -17,8 +17,16 @@ def command(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[st
 
 @pytest.mark.parametrize(
     "arguments",
-    [["adapter.rnak=1"], ["+foo=1"], ["model.path=/nowhere/at/all"], ["data.train=nowhere.jsonl"],
-     ["adapter.rank=0"], ["export.formats=[safetensor]"], ["resume=runs/nowhere"], ["adapter.path=nowhere"]],
+    [
+        ["adapter.rnak=1"],
+        ["+foo=1"],
+        ["model.path=/nowhere/at/all"],
+        ["data.train=nowhere.jsonl"],
+        ["adapter.rank=0"],
+        ["export.formats=[safetensor]"],
+        ["resume=runs/nowhere"],
+        ["adapter.path=nowhere"],
+    ],
     ids=lambda a: a[0],
 )
 def test_a_mistake_is_one_line_and_exit_2(arguments: list[str]) -> None:

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "finetune"
 FLOORS = [
     {"__init__", "__main__"},
     {"cli", "api"},
-    {"pipeline", "compose"},
+    {"pipeline", "compose", "processes"},
     {"doctor"},
     {"config", "report", "samples"},
     {"training", "export"},
@@ -55,7 +55,9 @@ def test_imports_point_down(path: Path) -> None:
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     room = room_of(parts)
     for other in imports_of(path) - {room}:
-        assert floor(other) > floor(room), f"{path.relative_to(ROOT)} ({room}) imports finetune.{other}, which is not below it"
+        assert floor(other) > floor(room), (
+            f"{path.relative_to(ROOT)} ({room}) imports finetune.{other}, which is not below it"
+        )
 
 
 def test_every_package_is_in_the_wheel() -> None:
