@@ -41,6 +41,15 @@ class ExportSource:
     storage: Mapping[str, Any] | None = None
 
 
+def has_own_code(model: Any) -> bool:
+    """Whether the model's Python came with its checkpoint, which the user then allowed by model.trust_remote_code.
+
+    transformers puts such classes below its module `transformers_modules`; an `auto_map` in config.json alone says only
+    that there is such code, not that it was run.
+    """
+    return type(model).__module__.partition(".")[0] == "transformers_modules"
+
+
 @dataclass(frozen=True)
 class Written:
     """What a format has written.

@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-TEMPORARY = ".tmp-"
+TEMPORARY = ".tmp-export-"
 """Prefix of what is being written, or being thrown away; left behind only by a process that was killed."""
 
 
 def sweep(parent: Path) -> None:
-    """Remove what a killed process left behind in `parent`, which must be ours alone (a run directory is locked)."""
+    """Remove what a killed process left behind in `parent`, in which no other process may be exporting now."""
     for leftover in parent.glob(f"{TEMPORARY}*"):
         shutil.rmtree(leftover)
 
@@ -42,7 +43,12 @@ def published(target: Path) -> Iterator[Path]:
         _sync(work)
         if target.exists():
             target.rename(old)
-        work.rename(target)
+        try:
+            work.rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
         _sync(target.parent)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -82,7 +88,11 @@ class ShardWriter:
         self.total_bytes += size
 
     def finish(self) -> None:
-        """Write what is pending, give the shards their final names, and write the index where there are several."""
+        """Write what is pending, give the shards their final names, and write the index where there are several.
+
+        Raises:
+            OSError: when the disk is full, here as in `add`.
+        """
         self._flush()
         count = len(self._shards)
         if count == 1:
@@ -102,7 +112,11 @@ class ShardWriter:
     def _flush(self) -> None:
         if not self._pending:
             return
-        save_file(self._pending, self._draft(len(self._shards)), metadata={"format": "pt"})
+        path = self._draft(len(self._shards))
+        try:
+            save_file(self._pending, path, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written: {error}") from error
         self._shards.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
 

@@ -14,7 +14,7 @@ import torch
 
 from finetune.data.rows import TokenRows
 from finetune.errors import UserError
-from finetune.export.base import ExportSource, Format, Proof, Written
+from finetune.export.base import ExportSource, Format, Proof, Written, has_own_code
 from finetune.export.client import PROBE_TEXTS, ClientFailed, ask, probe
 from finetune.export.config import ExportConfig
 from finetune.export.directory import TEMPORARY, published, sweep, write_json
@@ -37,9 +37,7 @@ class Trial:
     facts: dict[str, Any]
 
 
-def export(
-    source: ExportSource, out: Path, config: ExportConfig, eval_rows: TokenRows, pad_id: int
-) -> list[Proof]:
+def export(source: ExportSource, out: Path, config: ExportConfig, eval_rows: TokenRows, pad_id: int) -> list[Proof]:
     """Write every format of `config.formats` to `out/<format>/`, each with its proof in `export.json`.
 
     A format that cannot be written, opened or that fails its gate is a proof that did not pass; the others stand.
@@ -104,7 +102,7 @@ def _prove(trial: Trial, form: Format, written: Written, directory: Path, worksp
         "chats": trial.facts["asked"],
         "prompt": trial.panel.rows[0].input_ids[:PROMPT_TOKENS].tolist(),
         "new_tokens": NEW_TOKENS,
-        "trust_remote_code": "auto_map" in model.config.to_dict(),
+        "trust_remote_code": has_own_code(model),
     }
     with parked(model) as placement:
         answer = ask(request | placement, workspace)

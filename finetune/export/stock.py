@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from finetune.export.base import ExportSource
+from finetune.export.base import ExportSource, has_own_code
 from finetune.export.directory import ShardWriter
 from finetune.export.merge import Stock
 
@@ -36,6 +37,8 @@ def write_config(
 ) -> None:
     """Write config.json and generation_config.json of the base, with the dtype, tying and quantization of the export.
 
+    A model whose Python came with its checkpoint takes that along.
+
     Args:
         untied: training has made the head differ from the embeddings that it was tied to.
     """
@@ -49,6 +52,9 @@ def write_config(
     config.dtype = source.dtype
     config.architectures = [type(source.model).__name__]
     config.save_pretrained(directory)
+    if has_own_code(source.model) and Path(source.base_path).is_dir():
+        for module in sorted(Path(source.base_path).glob("*.py")):
+            shutil.copyfile(module, directory / module.name)
     generation = getattr(source.model, "generation_config", None)
     if generation is not None:
         # Not save_pretrained: that refuses published configurations which hold a harmless contradiction.

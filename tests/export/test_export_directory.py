@@ -93,3 +93,10 @@ def test_a_tensor_larger_than_a_shard_gets_its_own(tmp_path: Path) -> None:
 def test_narrowed_leaves_codes_alone() -> None:
     assert narrowed(torch.ones(1), torch.bfloat16).dtype == torch.bfloat16
     assert narrowed(torch.ones(1, dtype=torch.uint8), torch.bfloat16).dtype == torch.uint8
+
+
+def test_a_full_disk_is_an_os_error_that_names_the_file(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path / "gone", 10**6)
+    writer.add("a", torch.zeros(4))
+    with pytest.raises(OSError, match=r"model-00001\.safetensors cannot be written"):
+        writer.finish()
