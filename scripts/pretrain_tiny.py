@@ -231,6 +231,7 @@ def save(model: LlamaForCausalLM, tokenizer: Tokenizer, directory: Path) -> None
     (part / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
     directory.mkdir(parents=True, exist_ok=True)
     for file in part.iterdir():
+        file.chmod(0o644)  # safetensors writes files that only their owner can read
         os.replace(file, directory / file.name)
     shutil.rmtree(part)
 
@@ -361,7 +362,9 @@ def main() -> None:
     save(model, tokenizer, options.out)
     result = report(corpus, curve, options)
     options.result.parent.mkdir(parents=True, exist_ok=True)
-    options.result.write_text(json.dumps(result, indent=1) + "\n")
+    head = json.dumps({key: value for key, value in result.items() if key != "curve"}, indent=1)
+    points = ",\n".join(f"  {json.dumps(point)}" for point in curve)
+    options.result.write_text(f'{head[:-2]},\n "curve": [\n{points}\n ]\n}}\n')
     print(json.dumps({key: value for key, value in result.items() if key != "curve"}))
 
 
