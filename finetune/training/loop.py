@@ -16,8 +16,7 @@ import torch
 from torch import nn
 
 from finetune.adapters.base import Adapter
-from finetune.data.batching import collate
-from finetune.data.rows import Batch, TokenRows
+from finetune.data.rows import TokenRows
 from finetune.errors import RunError
 from finetune.training import checkpoint, state
 from finetune.training.config import OPTIMIZERS, OptimConfig, TrainConfig
@@ -28,11 +27,11 @@ from finetune.training.progress import Progress
 from finetune.training.protocols import Objective, Tracker, TrainResult
 from finetune.training.run_directory import RunDirectory, require_space
 from finetune.training.schedule import learning_rate
-from finetune.training.separation import needs_mask, with_mask
+from finetune.training.separation import batch_maker
 from finetune.training.signals import StopSignals
 from finetune.training.state import Live, LoopState
 from finetune.training.step import Stepper, StepResult
-from finetune.training.window import MicroBatch, Plan, Window
+from finetune.training.window import Plan, Window
 
 LOSS_SCALE = 2.0**12
 """Where fp16's loss scale starts. torch's own 2^16 overflows on most models, and each halving costs a step."""
@@ -83,16 +82,10 @@ def train(
     seed_processes(seed, group)
     plan = Plan(rows, config, packing=packing, max_length=max_length, seed=seed, world=group.world, rank=group.rank)
     held_out = HeldOut(model, eval_rows, objective, group, batch_size=config.batch_size, pad_id=pad_id)
-    by_mask = packing and needs_mask(model, rows, pad_id, group.device)
-
-    def batches(micro: MicroBatch) -> Batch:
-        batch = collate(rows, micro, pad_id).to(group.device)
-        return with_mask(batch, model) if by_mask else batch
-
+    batches, masked = batch_maker(model, rows, packing=packing, pad_id=pad_id, device=group.device)
     stepper = Stepper(batches, objective, live, max_grad_norm=config.max_grad_norm)
     loop = _Loop(config, run, tracker, live, plan, stepper, held_out)
-    masked = f"{type(model).__name__} does not tell packed rows apart by their positions: an explicit mask does"
-    for line in (note, objective.note, masked if by_mask else None):
+    for line in (note, objective.note, masked):
         if line:
             loop.note(line)
     if group.main and tracker.note:

@@ -25,7 +25,7 @@ from finetune.training.protocols import Objective
 from finetune.training.separation import needs_mask
 from finetune.training.window import learnt_per_row
 
-PROBE_ROWS, PROBE_STEP = 4, 1e-2
+PROBE_ROWS, PROBE_STEP = 4, 1e-3
 SHOWN = 240
 """Characters of the sample row that are shown."""
 

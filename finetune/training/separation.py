@@ -7,6 +7,7 @@ leak changes it, whatever the dtype), and is it what the model says of the secon
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 from finetune.data.batching import collate, packed_mask
 from finetune.data.rows import Batch, Row, TokenRows
 from finetune.errors import RunError
+
+MicroBatch = list[list[int]]
+"""Sequences, each a list of row indices: one row unless packed."""
 
 LONGEST = 24
 """Tokens of each probe row."""
@@ -52,6 +56,16 @@ def needs_mask(model: nn.Module, rows: TokenRows, pad_id: int, device: torch.dev
     raise RunError(
         f"data.packing=true, but {type(model).__name__} mixes the rows of a packed sequence: set it to false"
     )
+
+
+def batch_maker(
+    model: nn.Module, rows: TokenRows, *, packing: bool, pad_id: int, device: torch.device
+) -> tuple[Callable[[MicroBatch], Batch], str | None]:
+    """What makes a micro-batch on the device, and a line for the user where packed rows need a mask."""
+    if packing and needs_mask(model, rows, pad_id, device):
+        note = f"{type(model).__name__} does not tell packed rows apart by their positions: an explicit mask does"
+        return lambda micro: with_mask(collate(rows, micro, pad_id).to(device), model), note
+    return lambda micro: collate(rows, micro, pad_id).to(device), None
 
 
 def _probe_rows(rows: TokenRows) -> tuple[Row, Row]:

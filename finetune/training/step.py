@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from finetune.data.rows import Batch
 from finetune.training.protocols import Objective
+from finetune.training.separation import MicroBatch
 from finetune.training.state import Live
-from finetune.training.window import MicroBatch, Window
+from finetune.training.window import Window
 
 
 @dataclass(frozen=True)

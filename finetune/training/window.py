@@ -16,9 +16,7 @@ from finetune.data.batching import batch_plan
 from finetune.data.rows import IGNORE, TokenRows
 from finetune.errors import DataError
 from finetune.training.config import TrainConfig
-
-MicroBatch = list[list[int]]
-"""Sequences, each a list of row indices: one row unless packed."""
+from finetune.training.separation import MicroBatch
 
 
 @dataclass(frozen=True)
