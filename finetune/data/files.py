@@ -217,6 +217,9 @@ def _read_csv(path: Path) -> Iterator[RawRow]:
     rows = csv.reader((line + "\n" for _, line in _lines(path)), delimiter=delimiter, strict=True)
     try:
         header = next(rows)
+        twice = next((name for name in header if header.count(name) > 1), None)
+        if twice is not None:
+            raise DataError(f"{path}: the header names the column {twice!r} twice")
         line = rows.line_num + 1
         for values in rows:
             origin, line = f"{path}:{line}", rows.line_num + 1

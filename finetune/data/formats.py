@@ -96,7 +96,10 @@ def _content(message: Row, number: int) -> str:
 
 def _calls(message: Row, number: int) -> tuple[dict[str, Any], ...]:
     calls = []
-    for call in message.get("tool_calls") or ():
+    given = message.get("tool_calls") or []
+    if not isinstance(given, (list, tuple)):
+        raise BadRow(f"message {number}: 'tool_calls' is {describe(given)}: expected a list")
+    for call in given:
         function = call.get("function", call) if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise BadRow(f"message {number} has a tool call without a name")

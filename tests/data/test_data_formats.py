@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from finetune.data.config import FORMATS as NAMES
 from finetune.data.config import DataConfig
@@ -232,6 +234,7 @@ BAD_ROWS: list[tuple[str, dict[str, Any], str]] = [
     ("messages", {"messages": CHAT, "tools": "no json"}, "'tools' is a text: expected a list of JSON schemas"),
     ("messages", {"messages": [CHAT[0], {"role": "assistant", "content": "\ud800"}]}, "half of a surrogate pair"),
     ("messages", {"messages": [CHAT[0], {"role": "assistant", "tool_calls": [{}]}]}, "a tool call without a name"),
+    ("messages", {"messages": [{**CHAT[1], "tool_calls": 1}]}, "message 1: 'tool_calls' is a number: expected a list"),
     ("sharegpt", {"conversations": [{"from": "gtp", "value": "a"}]}, "turn 1 has the role 'gtp'.*did you mean 'gpt'"),
     ("sharegpt", {"conversations": [SHARE[1]]}, "roles out of order: turn 1 is assistant at the beginning"),
 ]
@@ -285,3 +288,36 @@ def test_all_rows_of_real_files_convert(file: str, settings: dict[str, Any], nam
     assert form.name == name
     found = [check_turns(item) for row in rows for item in form.convert(rename(row.value, config.columns))]
     assert len(found) == (4672 if "e2e" in file else len(rows))
+
+
+SCALARS = st.one_of(
+    st.none(), st.booleans(), st.integers(-9, 9), st.floats(), st.sampled_from(["", "a", '{"name": "f"}'])
+)
+KEYS = st.sampled_from(["type", "text", "function", "name", "arguments"])
+JSON = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner), max_leaves=6)
+SPEAKERS = st.sampled_from(["user", "assistant", "tool", "human", "gpt", "function_call", "observation"])
+TURN = st.fixed_dictionaries(
+    {}, optional={"role": SPEAKERS | JSON, "from": SPEAKERS | JSON, "content": JSON, "value": JSON, "tool_calls": JSON}
+)
+ROW = st.fixed_dictionaries(
+    {},
+    optional={
+        **{
+            name: JSON for name in ("text", "instruction", "input", "output", "system", "prompt", "completion", "tools")
+        },
+        **{name: st.lists(TURN, max_size=3) | JSON for name in ("messages", "conversations")},
+    },
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(row=ROW, name=st.sampled_from(list(FORMATS)))
+def test_whatever_a_row_holds_it_converts_or_is_faulty(row: dict[str, Any], name: str) -> None:
+    FORMATS[name].fits(row)
+    try:
+        conversations = [check_turns(item) for item in FORMATS[name].convert(row)]
+    except BadRow as bad:
+        assert str(bad) and "\n" not in str(bad)
+        return
+    assert conversations and all(any(turn.learn for turn in item.turns) for item in conversations)
+    assert all(len(item.digest()) == len(item.prompt_digest()) == 16 for item in conversations)

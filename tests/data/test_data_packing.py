@@ -106,6 +106,14 @@ def test_a_packed_batch_restarts_positions_at_each_row_and_at_the_padding() -> N
     assert batch.target_tokens() == 6
 
 
+def test_the_first_token_of_a_row_is_never_a_target_of_the_row_before() -> None:
+    rows = rows_of([2, 3])
+    rows.labels[:] = rows.input_ids
+    batch = collate(rows, [[0, 1]], pad_id=99)
+    assert batch.shifted_labels_BS().tolist() == [[2, IGNORE, 4, 5, IGNORE]]
+    assert batch.target_tokens() == 3
+
+
 def test_a_packed_mask_keeps_rows_apart_and_causal() -> None:
     import torch
 

@@ -216,6 +216,9 @@ def test_csv_rows_of_another_width_are_faults_of_the_row_and_broken_quotes_of_th
     (tmp_path / "b.csv").write_text('a,b\n"1"x,2\n')
     with pytest.raises(DataError, match="is broken CSV near line 2"):
         list(read_file(tmp_path / "b.csv"))
+    (tmp_path / "c.csv").write_text("a,b,a\n1,2,3\n")
+    with pytest.raises(DataError, match=r"c\.csv: the header names the column 'a' twice"):
+        list(read_file(tmp_path / "c.csv"))
 
 
 def test_a_damaged_parquet_file_is_one_line(tmp_path: Path) -> None:
