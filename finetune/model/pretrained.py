@@ -118,7 +118,8 @@ def _one_line(what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        raise ModelError(f"{what}: {_first_line(error)}") from error
+        own_code = "it needs Python that comes with it: read it, then allow it with model.trust_remote_code=true"
+        raise ModelError(f"{what}: {own_code if 'trust_remote_code' in str(error) else _first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -106,12 +106,13 @@ class FrozenBaseQuantizer(HfQuantizer):
         self.targets = {parameter_name(p): p for p in structure.projections}
         if getattr(self.loading.quant, "head", False) and self.loading.packed is None:
             self.targets.update(_head(model, structure))
+        modules = dict(model.named_modules())
         for name, storage in (self.loading.packed or {}).items():
             # 5.17 casts a float tensor to the dtype of the parameter it is for; packed bytes must pass untouched.
-            parent, _, leaf = name.rpartition(".")
-            if storage.is_floating_point and projection_of(model.get_submodule(parent), parent):
-                meta = torch.empty_like(model.get_parameter(name), dtype=storage, device="meta")
-                setattr(model.get_submodule(parent), leaf, nn.Parameter(meta, requires_grad=False))
+            module = modules.get(name.removesuffix(".weight"))
+            if storage.is_floating_point and module is not None and projection_of(module, name) is not None:
+                meta = torch.empty_like(module.weight, dtype=storage, device="meta")  # type: ignore[arg-type]
+                module.weight = nn.Parameter(meta, requires_grad=False)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         """Freeze what did not come by our operation, so that all projections honour one contract, and tidy up."""

@@ -219,6 +219,11 @@ def test_configurations_that_cannot_be_used(base: Path) -> None:
     (base / "tokenizer.json").write_text("{}")
     with pytest.raises(ModelError, match=r"the tokenizer in .* cannot be used"):
         ours(base)
+    tokenizer = json.loads((base / "tokenizer_config.json").read_text())
+    tokenizer |= {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", None]}}
+    (base / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ModelError, match=r"the tokenizer in .* model\.trust_remote_code=true$"):
+        ours(base)
 
 
 def test_a_hub_id_without_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
