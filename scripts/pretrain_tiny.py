@@ -36,7 +36,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 from ngram import NGram  # noqa: E402
 
 from finetune.assets import EMBEDDED  # noqa: E402
-from finetune.data.pydocs import normalised, pretraining_sources, pydocs_rows  # noqa: E402
+from finetune.data.pydocs import pretraining_sources, pydocs_rows, spells_out  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "pretrain_tiny.json"
 VOCAB_SIZE, CONTEXT, EOS, PAD = 4096, 512, "<|endoftext|>", "<|pad|>"
@@ -85,7 +85,7 @@ def documents() -> Iterator[tuple[str, str]]:
             yield source.module, "\n\n".join(source.docstrings) + "\n"
     answers = [row["messages"][1]["content"] for row in pydocs_rows("eval")]
     for topic, text in sorted(topics.items()):
-        if not any(answer in normalised(text) for answer in answers):
+        if not spells_out(text, answers):
             yield f"topic {topic}", text
 
 

@@ -130,9 +130,8 @@ def test_no_evaluation_answer_is_in_the_pretraining_text_of_this_interpreter() -
     for source in pretraining_sources():
         ast.parse(source.text)  # what was cut leaves a valid program
         names.add(source.module)
-        text = normalised(source.text)
+        text = normalised(source.text) + "\n" + normalised(" ".join(source.docstrings))
         assert [answer for answer in held if answer in text] == [], source.module
-        assert not any(answer in normalised(docstring) for docstring in source.docstrings for answer in held)
     assert {"json", "argparse"} <= names
     assert not any(name.split(".")[0] in pydocs.SKIP for name in names)
 
