@@ -124,7 +124,7 @@ def test_schedules() -> None:
         rates = [learning_rate(step, 100, config) for step in range(101)]
         assert rates[:10] == pytest.approx([2e-5 * i for i in range(1, 11)])
         assert rates[10] == pytest.approx(2e-4) and rates[100] == pytest.approx(last, abs=1e-12)
-        assert all(a >= b for a, b in itertools.pairwise(rates))
+        assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
 
 
 def test_learnt_tokens_are_those_of_the_batches() -> None:
