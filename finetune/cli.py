@@ -149,14 +149,21 @@ def _run(config: DictConfig, job: Job) -> int:
 
 
 def sweep_table(jobs: list[Job]) -> str:
-    """The jobs of a sweep, a row each: overrides, exit code, held-out loss, run directory or what went wrong."""
+    """The jobs of a sweep, a row each: what sets it apart, exit code, held-out loss, run directory or what went wrong."""
     from rich.console import Console
     from rich.table import Table
 
+    common = set.intersection(*(set(job.overrides) for job in jobs))
     table = Table("job", "overrides", "exit", "eval loss", "run directory")
     for number, job in enumerate(jobs):
         loss = "" if job.eval_loss is None else f"{job.eval_loss:.4f}"
-        table.add_row(str(number), " ".join(job.overrides), str(job.exit_code), loss, job.directory or job.message)
+        table.add_row(
+            str(number),
+            " ".join(o for o in job.overrides if o not in common),
+            str(job.exit_code),
+            loss,
+            job.directory or job.message,
+        )
     console = Console(width=160)
     with console.capture() as capture:
         console.print(table)

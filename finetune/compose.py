@@ -19,7 +19,7 @@ from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from finetune.config import PLUGGED, conversion_message, register_schemas, stray_keys, to_run_config
@@ -110,7 +110,9 @@ def compose_config(overrides: list[str], config_dir: Path, extra_dirs: list[str]
     strays = stray_keys(config)
     if strays:
         raise ConfigError("; ".join(strays))
-    to_run_config(config)
+    if "${hydra:" not in OmegaConf.to_yaml(config):
+        # What names the job (output_dir=x-${hydra:job.num}) has no value before Hydra starts it; the job itself checks.
+        to_run_config(config)
     return config
 
 

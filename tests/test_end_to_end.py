@@ -119,7 +119,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path, rows: Path) -> N
     losses = [
         [
             (line["step"], line.get("loss"), line.get("eval_loss"))
-            for line in map(json.loads, (run / "metrics.jsonl").open())
+            for line in map(json.loads, (run / "metrics.jsonl").read_text("utf-8").splitlines())
         ]
         for run in (straight, cut)
     ]
