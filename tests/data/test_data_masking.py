@@ -73,6 +73,17 @@ def test_the_eos_is_learnt_where_it_stands_behind_the_generation_marks(tokenizer
     assert is_eos.sum() == 2 and (row.labels[is_eos] != IGNORE).all() and is_eos[-1]
 
 
+def test_what_stands_between_the_last_answer_and_its_eos_is_learnt_too(plain_tokenizer: Any) -> None:
+    source = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}"
+        "{% generation %}{{ m.content }}{% endgeneration %}{{ '\n\n' + eos_token }}{% endif %}{% endfor %}"
+    )
+    row = encode(
+        render(qa("Q:", "cat", plain=False), ChatTemplate(source, "test"), plain_tokenizer), plain_tokenizer
+    ).row
+    assert row is not None and show_mask(row, plain_tokenizer) == "Q:[[cat\n\n<|end|>]]"
+
+
 def test_a_text_is_learnt_whole_but_for_its_first_token_and_ends_with_one_eos(tokenizer: Any) -> None:
     text = Conversation((Turn("assistant", "the cat sat", learn=True),), plain=True)
     row = row_of(text, tokenizer)

@@ -75,6 +75,20 @@ def test_prompts_are_held_out_and_end_where_an_answer_begins(write: Write, bos_t
         assert bos_tokenizer.decode(prompt.prompt_ids) == prompt.prompt
 
 
+def test_prompt_tokens_begin_with_one_bos_and_end_with_no_eos(bos_tokenizer: Any) -> None:
+    from tokenizers import processors
+
+    start, end = bos_tokenizer.bos_token_id, bos_tokenizer.eos_token_id
+    both = deepcopy(bos_tokenizer)
+    both.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|start|> $A <|end|>", special_tokens=[("<|start|>", start), ("<|end|>", end)]
+    )
+    for tokenizer in (bos_tokenizer, both):
+        for template in ("<|start|>{prompt}:", "{prompt}:"):
+            for item in ready(questions(20), tokenizer, template=template).prompts:
+                assert item.prompt_ids.count(start) == 1 and item.prompt_ids[0] == start and end not in item.prompt_ids
+
+
 def test_the_saved_template_writes_the_same_prompts(write: Write, bos_tokenizer: Any) -> None:
     data = ready(write(questions(20)), bos_tokenizer)
     serving = deepcopy(bos_tokenizer)
