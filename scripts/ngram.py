@@ -46,7 +46,7 @@ class NGram:
 
     def _keys(self, tokens: np.ndarray, length: int) -> Keys:
         """Return the key of every n-gram of `length` tokens in a stream."""
-        keys = np.zeros(len(tokens) - length + 1, dtype=np.uint64)
+        keys = np.zeros(max(0, len(tokens) - length + 1), dtype=np.uint64)
         for offset in range(length):
             keys = keys * np.uint64(self.vocab_size) + tokens[offset : offset + len(keys)].astype(np.uint64)
         return keys
@@ -56,8 +56,9 @@ class NGram:
         n1, n2, n3, n4 = (max(int((counts == count).sum()), 1) for count in (1, 2, 3, 4))
         y = n1 / (n1 + 2 * n2)
         raw = np.array([0.0, 1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3])
-        # Tiny streams have odd counts of counts; a discount stays between nothing and the whole count.
-        discount = np.clip(raw, 0.0, [0.0, 1.0, 2.0, 3.0])[np.minimum(counts, 3)]
+        # Tiny streams have odd counts of counts; a discount must leave something to the order below, or an unseen
+        # token would be impossible, and cannot be more than the count.
+        discount = np.clip(raw, 0.1, [0.1, 1.0, 2.0, 3.0])[np.minimum(counts, 3)]
         contexts, first = np.unique(grams // np.uint64(self.vocab_size), return_index=True)
         total = np.add.reduceat(counts, first).astype(np.float64)
         backoff = np.add.reduceat(discount, first) / total

@@ -173,6 +173,21 @@ def test_the_embedded_base_beats_the_five_gram() -> None:
     assert result["curve"][-1]["loss"] < result["curve"][0]["loss"]
 
 
+def test_the_five_gram_is_an_honest_distribution_that_uses_its_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    np = pytest.importorskip("numpy")
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from ngram import NGram
+
+    rng = np.random.default_rng(0)
+    stream = np.concatenate([np.tile([1, 2, 3, 4, 5, 6], 200), rng.integers(0, 20, 800)])
+    model = NGram(stream, vocab_size=20)
+    for context in ([1, 2, 3, 4], [19, 18, 17, 16], [7], []):
+        last = [model.probabilities(np.array([0, *context, token]))[-1] for token in range(20)]
+        assert sum(last) == pytest.approx(1.0) and min(last) > 0
+    assert model.probabilities(np.array([1, 2, 3, 4, 5]))[-1] > 0.8
+    assert model.bits(np.tile([1, 2, 3, 4, 5, 6], 20)) < 119
+
+
 def test_the_embedded_base_loads_in_stock_transformers_and_continues_text() -> None:
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM, AutoTokenizer
