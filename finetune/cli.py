@@ -149,7 +149,7 @@ def _run(config: DictConfig, job: Job) -> int:
 
 
 def sweep_table(jobs: list[Job]) -> str:
-    """The jobs of a sweep, a row each: what sets it apart, exit code, held-out loss, run directory or what went wrong."""
+    """The jobs of a sweep, a row each: what sets it apart, exit code, held-out loss, directory or what went wrong."""
     from rich.console import Console
     from rich.table import Table
 
