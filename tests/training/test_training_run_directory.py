@@ -157,7 +157,7 @@ def test_too_small_a_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(RunError, match=r"has 5.0 MB free, but the checkpoints of this run need about 2.00 GB"):
         require_space(tmp_path, 2_000_000_000, "the checkpoints of this run")
     with pytest.raises(RunError, match=r"free some space, lower train.keep_checkpoints"):
-        setup.run_training(tmp_path / "run", keep_checkpoints=40)
+        setup.run_training(tmp_path / "run", save_every=1, keep_checkpoints=40)
 
 
 def test_an_error_of_rank_0_reaches_every_rank(tmp_path: Path) -> None:
