@@ -165,7 +165,7 @@ def export(
         model, tokenizer: from `load`, adapted and trained or not.
         directory: gets one directory a format, each with its export.json.
         formats: of `safetensors`, `bnb-nf4`, `peft`.
-        data: held-out rows for the proof, as in `train`; None takes those of the last training.
+        data: rows for the proof (a DataConfig: its held-out ones); None takes the held-out rows of the last training.
         config: gates; its `formats` are replaced by `formats`.
 
     Raises:
@@ -179,7 +179,7 @@ def export(
     known = _of(model)
     rows = known.eval_rows
     if data is not None:
-        source_of_rows = data if isinstance(data, DataConfig) else DataConfig(train=data)
+        source_of_rows = data if isinstance(data, DataConfig) else DataConfig(train=data, eval=data)
         rows = prepare(source_of_rows, tokenizer, context=context_length(known.path), seed=0).eval
     if rows is None:
         raise ConfigError("export has no held-out rows to prove on: train first, or give data=")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import os
 import platform
 import sys
@@ -49,6 +50,7 @@ def backends() -> dict[str, str]:
     state["bfloat16 on the CPU"] = (
         "on" if cpu_has_bf16() else "off: no AVX512-BF16 or AMX; train.dtype=auto is fp32 here"
     )
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its hints about optional hub kernels are no faults
     try:
         import bitsandbytes  # noqa: F401
     except Exception as error:

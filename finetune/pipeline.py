@@ -232,7 +232,7 @@ class Runner:
             self.loaded.tokenizer.chat_template = self.data.template
         for line in self.data.report.lines():
             say(self.accelerator, line)
-        self.max_length = self.config.data.max_length or min(context, 2048)
+        self.max_length = self.data.report.max_length
 
     def track(self) -> None:
         from finetune.training.config import OBJECTIVES, TRACKERS
@@ -324,7 +324,7 @@ class Runner:
         chosen = self.data.prompts[: self.config.train.samples]
         if not chosen:
             return []
-        prompts = [sample.prompt for sample in chosen]
+        prompts = [sample.prompt_ids for sample in chosen]
         tokens = self.config.train.sample_tokens
         with self.adapter.disabled():
             before = answer(self.loaded.model, self.loaded.tokenizer, prompts, tokens)

@@ -11,8 +11,8 @@ from torch import nn
 
 
 @torch.no_grad()
-def answer(model: nn.Module, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
-    """Greedy answers to prompts that are rendered already.
+def answer(model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
+    """Greedy answers to prompts that are rendered and tokenized already.
 
     Prompts run one by one: a left-padded batch would be faster, but its low bits depend on the padding, and what a user
     compares should not.
@@ -20,7 +20,7 @@ def answer(model: nn.Module, tokenizer: Any, prompts: Sequence[str], max_new_tok
     Args:
         model: a transformers causal LM, adapted or not.
         tokenizer: its tokenizer.
-        prompts: text as it is fed, with whatever the chat template puts around it.
+        prompts: token ids as they are fed, with whatever the chat template and the tokenizer put around the text.
         max_new_tokens: the longest answer, in tokens.
     """
     was_training = model.training
@@ -28,7 +28,7 @@ def answer(model: nn.Module, tokenizer: Any, prompts: Sequence[str], max_new_tok
     device = next(model.parameters()).device
     answers = []
     for prompt in prompts:
-        ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"].to(device)
+        ids = torch.tensor([list(prompt)], device=device)
         out = model.generate(  # type: ignore[operator]
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
