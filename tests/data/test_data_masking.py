@@ -104,7 +104,7 @@ def test_bos_never_stands_twice(bos_tokenizer: Any) -> None:
 
 
 def test_a_tokenizer_that_ends_every_text_gets_no_second_eos() -> None:
-    from conftest import byte_level
+    from data_tokenizers import byte_level
     from tokenizers import processors
 
     tokenizer = byte_level()
@@ -123,7 +123,7 @@ def test_without_an_eos_a_row_ends_with_its_answer(plain_tokenizer: Any) -> None
 
 
 def test_padding_that_is_eos_leaves_eos_learnt() -> None:
-    from conftest import byte_level
+    from data_tokenizers import byte_level
 
     from finetune.data.batching import collate
     from finetune.data.rows import TokenRows
@@ -138,7 +138,7 @@ def test_padding_that_is_eos_leaves_eos_learnt() -> None:
 
 
 def test_the_prompts_tokens_need_not_be_a_prefix_of_the_wholes() -> None:
-    from conftest import space_at_end
+    from data_tokenizers import space_at_end
 
     tokenizer = space_at_end()
     prompt, whole = "who:", "who: the cat"
@@ -169,7 +169,7 @@ def test_characters_that_the_tokenizer_passes_over_do_not_move_the_mask(stories_
 
 
 def test_white_space_in_an_answer_is_learnt_also_where_offsets_are_trimmed() -> None:
-    from conftest import byte_level
+    from data_tokenizers import byte_level
 
     answer = "if x:\n        return   x"
     for trim in (False, True):
