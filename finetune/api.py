@@ -35,6 +35,7 @@ class Known:
     dtype: str
     path: ModelConfig
     adapter: Adapter | None = None
+    train_rows: TokenRows | None = None
     eval_rows: TokenRows | None = None
 
 
@@ -146,7 +147,7 @@ def train(
         result = runner.train()
         runner.save_adapter()
         run.update(status="interrupted" if result.status == "interrupted" else "finished")
-    known.eval_rows = runner.data.eval
+    known.train_rows, known.eval_rows = runner.data.train, runner.data.eval
     return result
 
 
@@ -185,7 +186,7 @@ def export(
         raise ConfigError("export has no held-out rows to prove on: train first, or give data=")
     settings = replace(config or ExportConfig(), formats=list(formats))
     loaded = replace(known.loaded, model=model)
-    source = export_source(loaded, known.adapter, tokenizer, known.dtype, settings)
+    source = export_source(loaded, known.adapter, tokenizer, known.dtype, settings, known.train_rows)
     return export_formats(source, Path(directory), settings, rows, loaded.pad_id)
 
 

@@ -135,7 +135,7 @@ def say(accelerator: Any, text: str) -> None:
         print(text, flush=True)
 
 
-def export_source(loaded: Any, adapter: Any, tokenizer: Any, dtype: str, config: Any) -> Any:
+def export_source(loaded: Any, adapter: Any, tokenizer: Any, dtype: str, config: Any, calibration: Any) -> Any:
     """What the export room needs of a loaded, adapted model; 32-bit runs export their dense weights in bf16."""
     from finetune.export.base import ExportSource
 
@@ -149,6 +149,8 @@ def export_source(loaded: Any, adapter: Any, tokenizer: Any, dtype: str, config:
         max_shard_bytes=int(config.max_shard_gb * 1e9),
         digests=loaded.digests,
         storage=loaded.storage,
+        calibration=calibration,
+        pad_id=loaded.pad_id,
     )
 
 
@@ -344,7 +346,9 @@ class Runner:
 
         if not self.config.export.formats:
             return []
-        source = export_source(self.loaded, self.adapter, self.loaded.tokenizer, self.dtype, self.config.export)
+        source = export_source(
+            self.loaded, self.adapter, self.loaded.tokenizer, self.dtype, self.config.export, self.data.train
+        )
         proofs = export(source, self.run.path / "export", self.config.export, self.data.eval, self.loaded.pad_id)
         print(proof_table(proofs), flush=True)
         return proofs

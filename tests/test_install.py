@@ -1,4 +1,4 @@
-"""What a user who only pip-installed has: the command from any folder, with every YAML, the base and the user's own conf/."""
+"""What a user who only pip-installed has: the command from any folder, every YAML, the base, a conf/ of their own."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def test_the_command_works_from_any_folder_with_conf_of_its_own(wheel: Path, tmp
     (work / "conf" / "experiment").mkdir(parents=True)
     (work / "conf" / "experiment" / "mine.yaml").write_text("# @package _global_\nname: mine\nseed: 7\n", "utf-8")
     environment = {**os.environ, "PYTHONPATH": str(site)}
-    command = [sys.executable, "-c", "from finetune.cli import main; main()", "train", "+experiment=mine", "--cfg", "job"]
+    entry = "from finetune.cli import main; main()"
+    command = [sys.executable, "-c", entry, "train", "+experiment=mine", "--cfg", "job"]
     done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "seed: 7" in done.stdout and "block_size: 64" in done.stdout

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from finetune.adapters.base import Adapter
+from finetune.data.rows import TokenRows
 from finetune.model.headers import StoredTensor
 
 
@@ -28,6 +29,8 @@ class ExportSource:
         digests: of base, tokenizer, chat template and quantization, for finetune.json beside an adapter; None leaves it
             out.
         storage: the base's storage settings in words, for the same file.
+        calibration: training rows that formats which round may look at; None rounds to nearest.
+        pad_id: token that fills up short rows.
     """
 
     model: Any
@@ -39,6 +42,8 @@ class ExportSource:
     max_shard_bytes: int
     digests: Mapping[str, Any] | None = None
     storage: Mapping[str, Any] | None = None
+    calibration: TokenRows | None = None
+    pad_id: int = 0
 
 
 def has_own_code(model: Any) -> bool:

@@ -37,9 +37,7 @@ def write_base(directory: Path, config: Any) -> Path:
     vocabulary = {word: index for index, word in enumerate(["<pad>", "<eos>", "<unk>", "user", "assistant", *WORDS])}
     raw = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     raw.pre_tokenizer = Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.role }} {{ m.content }} <eos> {% endfor %}"
         "{% if add_generation_prompt %}assistant {% endif %}"

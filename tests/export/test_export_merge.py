@@ -39,7 +39,7 @@ def mixtral() -> Any:
     )  # fmt: skip
 
 
-def stock_logits(directory: Path) -> Tensor:
+def stock_logits(directory: Path, ids: Tensor = IDS) -> Tensor:
     """What stock transformers makes of a checkpoint; anything missing or unexpected fails."""
     from transformers import AutoModelForCausalLM
 
@@ -49,7 +49,7 @@ def stock_logits(directory: Path) -> Tensor:
         if parameter.is_floating_point():
             parameter.data = parameter.data.float()
     with torch.no_grad():
-        return model.eval()(input_ids=IDS, use_cache=False).logits
+        return model.eval()(input_ids=ids, use_cache=False).logits
 
 
 def live_logits(trained: Trained) -> Tensor:
@@ -96,6 +96,43 @@ def test_bnb_nf4_opens_in_stock_transformers(
     with trained.adapter.disabled():
         base = torch.log_softmax(live_logits(trained), -1)
     assert kl < 0.1 * (expected.exp() * (expected - base)).sum(-1).mean(), "no nearer than the base is"
+
+
+@pytest.mark.parametrize("config", [llama, gpt2], ids=["llama", "gpt2"])
+@pytest.mark.parametrize("quant", [NF4Config(), DenseConfig()], ids=["nf4", "dense"])
+def test_training_rows_make_the_rounding_better(
+    make_trained: Callable[..., Trained], config: Callable[[], Any], quant: Any, tmp_path: Path
+) -> None:
+    """On the rows themselves, compensated codes move the logits less than the nearest ones do."""
+    trained = make_trained(config(), quant, steps=3)
+    heads = [row.input_ids[:4] for row in trained.rows if len(row.input_ids) >= 4]
+    rows = torch.tensor([head.tolist() for head in heads[:16]])
+    with torch.no_grad():
+        expected = trained.source.model(input_ids=rows, use_cache=False).logits
+    moved = {}
+    for name, calibration in (("nearest", None), ("compensated", trained.rows)):
+        (tmp_path / name).mkdir()
+        bnb_nf4.write(replace(trained.source, calibration=calibration, pad_id=0), tmp_path / name)
+        moved[name] = float((stock_logits(tmp_path / name, rows) - expected).square().mean())
+    assert moved["compensated"] < 0.8 * moved["nearest"], moved
+    with torch.no_grad():
+        assert torch.equal(trained.source.model(input_ids=rows, use_cache=False).logits, expected)
+
+
+def test_calibration_in_shares_is_the_same(
+    make_trained: Callable[..., Trained], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A model whose products do not fit in the budget is run through several times, to the same codes."""
+    from finetune.export import calibration
+
+    trained = make_trained(llama(), NF4Config(), steps=2)
+    source = replace(trained.source, calibration=trained.rows, pad_id=0)
+    for name, budget in (("at_once", calibration.BUDGET_BYTES), ("in_shares", 1)):
+        monkeypatch.setattr(calibration, "BUDGET_BYTES", budget)
+        (tmp_path / name).mkdir()
+        bnb_nf4.write(source, tmp_path / name)
+    at_once, in_shares = (load_file(tmp_path / name / "model.safetensors") for name in ("at_once", "in_shares"))
+    assert all(torch.equal(at_once[key], in_shares[key]) for key in at_once)
 
 
 def test_zero_delta_keeps_every_code_bit_for_bit(make_trained: Callable[..., Trained], tmp_path: Path) -> None:

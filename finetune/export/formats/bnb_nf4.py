@@ -1,6 +1,7 @@
 """The merged model in NF4, as stock transformers with bitsandbytes opens it.
 
-Projections inside the blocks are rounded to the nearest NF4 code; where the adapter changed nothing, the stored codes
+Projections inside the blocks are rounded onto NF4 with the error compensated on training inputs
+(quant/compensation.py), to the nearest code where there are none; where the adapter changed nothing, the stored codes
 are kept bit for bit. What bitsandbytes has no storage for (embeddings, norms, stacked experts) and the head, unless the
 base has it quantized, stay in 16 bits.
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from finetune.export.base import ExportSource, Format, Written
+from finetune.export.calibration import Calibration
 from finetune.export.directory import narrowed
 from finetune.export.merge import Stock, frozen_at, merged_weights
 from finetune.export.stock import write_config, write_tokenizer, write_weights
@@ -23,6 +25,7 @@ from finetune.model.bnb_format import quantization_config
 from finetune.model.headers import StoredTensor
 from finetune.quant.base import QUANTIZERS, FrozenLinear
 from finetune.quant.codebook4 import Codebook4Linear
+from finetune.quant.compensation import compensate
 from finetune.quant.nf4 import NF4Config
 from finetune.structure.inspect import projection_of
 
@@ -33,12 +36,14 @@ MOST_BITS = 5.0
 def write(source: ExportSource, directory: Path) -> Written:
     """Merge in float32, round to NF4 with the base's block size and double quantization, write bitsandbytes' keys."""
     stock = Stock.of(source.model)
-    four_bit = {name: module for name, module in _linears(source, stock) if isinstance(module, Codebook4Linear)}
+    frozen = dict(_linears(source, stock))
+    four_bit = {name: module for name, module in frozen.items() if isinstance(module, Codebook4Linear)}
     # A 4-bit base says itself what stays in 16 bits; any other is quantized as it would have been on loading.
     blocks = {name.removesuffix(".weight") for name, p in stock.projections.items() if p.kind != "experts"}
     targets = set(four_bit) or blocks
     settings = next((module.settings() for module in four_bit.values()), NF4Config())
     default = NF4Config(block_size=settings.block_size, double_quant=settings.double_quant)
+    calibration = _calibration(source, [name for name in frozen if name in targets and frozen[name] is not None])
     untied = False
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
@@ -51,12 +56,12 @@ def write(source: ExportSource, directory: Path) -> Written:
                 continue
             projection = stock.projections.get(name)
             w_OI = weight.T if projection is not None and projection.transposed else weight
-            quantized = _nf4(four_bit.get(module), w_OI, default)
+            quantized = _nf4(four_bit.get(module), w_OI, default, calibration.gram(module) if calibration else None)
             state = quantized.state_dict(prefix=f"{module}.")
             yield from ((key, tensor) for key, tensor in state.items() if key.startswith(name))
 
     write_weights(source, stock, tensors(), directory)
-    kept = [name for name, _ in _linears(source, stock) if name not in targets]
+    kept = [name for name in frozen if name not in targets]
     config = quantization_config(default, source.dtype, kept)
     write_config(source, directory, untied=untied, quantization_config=config)
     write_tokenizer(source, directory)
@@ -86,13 +91,25 @@ def _linears(source: ExportSource, stock: Stock) -> Iterator[tuple[str, FrozenLi
             yield name, frozen if isinstance(frozen, FrozenLinear) else None
 
 
-def _nf4(stored: Codebook4Linear | None, w_OI: Tensor, default: NF4Config) -> Codebook4Linear:
+def _calibration(source: ExportSource, modules: list[str]) -> Calibration | None:
+    """Inputs of the frozen linears, in the order in which the merge hands them out; None without rows to run."""
+    if source.calibration is None or not len(source.calibration) or not modules:
+        return None
+    return Calibration(source.model, modules, source.calibration, source.pad_id)
+
+
+def _nf4(stored: Codebook4Linear | None, w_OI: Tensor, default: NF4Config, gram_II: Tensor | None) -> Codebook4Linear:
     """A weight in NF4; in the very codes of `stored` where it is NF4 and nothing changed."""
     if stored is not None and stored.codebook == "nf4":
-        return stored.requantize(w_OI)
-    empty = QUANTIZERS.build(default, *w_OI.shape, bias=False, dtype=torch.float32, device=w_OI.device)
-    empty.store(w_OI)
-    return empty
+        if torch.equal(w_OI.float(), stored.dequantize(torch.float32).to(w_OI.device)):
+            return stored.requantize(w_OI)
+        quantized = stored.requantize(w_OI)
+    else:
+        quantized = QUANTIZERS.build(default, *w_OI.shape, bias=False, dtype=torch.float32, device=w_OI.device)
+        quantized.store(w_OI)
+    if gram_II is not None:
+        compensate(quantized, w_OI.to(quantized.weight.device), gram_II.to(quantized.weight.device))
+    return quantized
 
 
 FORMAT = Format(
