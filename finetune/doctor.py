@@ -105,18 +105,14 @@ def report(model_path: str | None = None) -> str:
 
 def describe(model_path: str) -> list[str]:
     """What of a model would be quantized and adapted, from its configuration alone; no weights are read."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     from finetune.model.check import check_path
     from finetune.model.config import ModelConfig
-    from finetune.model.load import resolve
+    from finetune.model.load import skeleton
     from finetune.structure import inspect
 
     config = ModelConfig(path=model_path)
     check_path(config)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(resolve(config)))
+    model = skeleton(config)
     structure = inspect(model)
     weights = sum(p.numel() for p in model.parameters())
     adapted = sum(p.in_features * p.out_features * p.experts for p in structure.projections)

@@ -48,6 +48,19 @@ def check_early(config: RunConfig) -> None:
             )
 
 
+def check_fit(config: RunConfig) -> None:
+    """Whether the adapter fits the model, tried on a model without weights: before minutes go into loading them.
+
+    Raises:
+        UserError: for a pattern that matches nothing, a rank above a matrix, one half of a tied pair.
+    """
+    from finetune.adapters.attach import attach
+    from finetune.model.load import skeleton
+
+    if config.adapter.path is None:  # a saved adapter decides its own shape; it is checked when it is read
+        attach(skeleton(config.model), config.adapter)
+
+
 def check_device(device: str) -> None:
     """Refuse a device that is not there.
 
@@ -111,6 +124,8 @@ def run_job(config: RunConfig, tree: DictConfig, overrides: list[str]) -> Outcom
     from finetune.training.run_directory import RunDirectory, shared_run
 
     check_early(config)
+    if config.resume is None:
+        check_fit(config)
     accelerator = make_accelerator(config.device)
 
     def open_run() -> RunDirectory:
@@ -161,9 +176,19 @@ class Runner:
         self.config, self.tree, self.accelerator, self.run = config, tree, accelerator, run
         self.dtype = resolve_dtype(config.train.dtype, accelerator.device)
         config.train.dtype = self.dtype
+        self.tracker: Any = None
 
     def go(self) -> Outcome:
-        """The whole run."""
+        """The whole run; whatever ends it, the tracker is told."""
+        try:
+            return self.sequence()
+        except BaseException:
+            if self.tracker is not None:
+                self.tracker.finish(1)
+            raise
+
+    def sequence(self) -> Outcome:
+        """Load, prepare, check, train, and what follows."""
         with self.run.phase("load"):
             self.load()
         with self.run.phase("data"):
@@ -225,6 +250,7 @@ class Runner:
 
     def prepare(self) -> None:
         from finetune.data.prepare import prepare
+        from finetune.model.digest import json_digest
         from finetune.model.load import context_length
 
         context = context_length(self.config.model)
@@ -232,6 +258,7 @@ class Runner:
             self.data = prepare(self.config.data, self.loaded.tokenizer, context=context, seed=self.config.seed)
         if self.data.template:
             self.loaded.tokenizer.chat_template = self.data.template
+            self.loaded.digests["chat_template"] = json_digest(self.data.template)
         for line in self.data.report.lines():
             say(self.accelerator, line)
         self.max_length = self.data.report.max_length

@@ -24,7 +24,7 @@ FLOORS = [
     {"quant"},
     {"structure", "kernels"},
     {"registry"},
-    {"errors", "assets"},
+    {"errors", "assets", "atomic"},
 ]
 
 

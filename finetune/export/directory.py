@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+
+from finetune.atomic import fsync
 
 TEMPORARY = ".tmp-export-"
 """Prefix of what is being written, or being thrown away; left behind only by a process that was killed."""
@@ -39,8 +40,8 @@ def published(target: Path) -> Iterator[Path]:
     try:
         yield work
         for path in sorted(work.rglob("*")):
-            _sync(path)
-        _sync(work)
+            fsync(path)
+        fsync(work)
         if target.exists():
             target.rename(old)
         try:
@@ -49,18 +50,10 @@ def published(target: Path) -> Iterator[Path]:
             if old.exists():
                 old.rename(target)
             raise
-        _sync(target.parent)
+        fsync(target.parent)
     finally:
         shutil.rmtree(work, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class ShardWriter:

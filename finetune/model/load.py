@@ -119,6 +119,18 @@ def resolve(model: ModelConfig) -> str:
     return str(local_directory(model) or model.path)
 
 
+def skeleton(model: ModelConfig) -> Any:
+    """The model without its weights (on the meta device), from its configuration alone: seconds for any size.
+
+    Raises:
+        ModelError: where the configuration cannot be read.
+    """
+    from finetune.model import pretrained
+    from finetune.model.hub import fetch
+
+    return pretrained.empty_model(pretrained.read_config(fetch(model, weights=False), model), model)
+
+
 def context_length(model: ModelConfig) -> int:
     """Positions the model was made for, by its configuration; 2048 where that says nothing.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -86,6 +87,17 @@ def read_model(directory: Path, config: Any, model: ModelConfig, loading: Loadin
         own_memory(loaded, loading.pages)
     loaded.requires_grad_(False)
     return loaded.eval()
+
+
+def empty_model(config: Any, model: ModelConfig) -> Any:
+    """The model of a configuration on the meta device; how a checkpoint stores its weights is left out of account."""
+    import torch
+
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"), _one_line("the model cannot be built from its configuration"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
 
 
 def _attention(native: Any, model: ModelConfig, loading: Loading) -> str:

@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from finetune.atomic import TEMPORARY, fsync, publish, remove
 from finetune.errors import RunError
-from finetune.training.atomic import TEMPORARY, fsync, publish, remove
 from finetune.training.meter import readable
 
 FORMAT_VERSION = 1

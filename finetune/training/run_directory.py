@@ -17,8 +17,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from finetune.atomic import TEMPORARY, clean_leftovers, fsync, write_json
 from finetune.errors import RunError
-from finetune.training.atomic import TEMPORARY, clean_leftovers, fsync, write_json
 from finetune.training.meter import Meter, memory_in_use, readable
 
 FORMAT_VERSION = 1

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from finetune import atomic
 from finetune.errors import RunError
-from finetune.training import atomic, checkpoint
+from finetune.training import checkpoint
 
 GROUPS = {"parameters": {"w": torch.arange(6.0).view(2, 3)}, "random": {"cpu": torch.zeros(4, dtype=torch.uint8)}}
 
