@@ -54,11 +54,14 @@ def check_fit(config: RunConfig) -> None:
     Raises:
         UserError: for a pattern that matches nothing, a rank above a matrix, one half of a tied pair.
     """
+    import torch
+
     from finetune.adapters.attach import attach
     from finetune.model.load import skeleton
 
     if config.adapter.path is None:  # a saved adapter decides its own shape; it is checked when it is read
-        attach(skeleton(config.model), config.adapter)
+        with torch.device("meta"):
+            attach(skeleton(config.model), config.adapter)
 
 
 def check_device(device: str) -> None:
