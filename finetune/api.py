@@ -56,8 +56,8 @@ def load(
     Raises:
         UserError: in one line, for anything the caller can mend.
     """
+    from finetune.device import check_device, make_accelerator, resolve_dtype, torch_dtype
     from finetune.model.load import load as load_model
-    from finetune.pipeline import check_device, make_accelerator, resolve_dtype, torch_dtype
     from finetune.quant.keep import KeepConfig
 
     check_device(device)
@@ -115,7 +115,8 @@ def train(
     """
     from omegaconf import OmegaConf
 
-    from finetune.pipeline import Runner, make_accelerator
+    from finetune.device import make_accelerator
+    from finetune.pipeline import Runner
     from finetune.training.objectives.sft import SFTConfig
     from finetune.training.optimizers.adamw import AdamWConfig
     from finetune.training.run_directory import RunDirectory

@@ -28,10 +28,14 @@ def fsync(path: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Replace a JSON file atomically."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file atomically."""
     temporary = path.with_name(f"{TEMPORARY}{path.name}")
     with open(temporary, "w", encoding="utf-8") as stream:
-        json.dump(value, stream, indent=1, ensure_ascii=False)
-        stream.write("\n")
+        stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(temporary, path)

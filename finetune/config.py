@@ -16,6 +16,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from finetune.adapters.base import ADAPTERS, AdapterConfig
+from finetune.atomic import write_text
 from finetune.data.config import DataConfig
 from finetune.errors import ConfigError, nearest
 from finetune.export.config import ExportConfig
@@ -152,12 +153,15 @@ def conversion_message(error: OmegaConfBaseException) -> str:
 
 
 def save_config(config: DictConfig, overrides: list[str], path: Path) -> None:
-    """Write config.yaml: every value of the run, resolved, with the overrides that made it."""
+    """Write config.yaml: every value of the run, resolved, with the overrides that made it, those of resumes last."""
+    earlier = OmegaConf.load(path) if path.is_file() else None
+    if isinstance(earlier, DictConfig):
+        overrides = [*earlier.get("overrides", []), *overrides]
     tree = OmegaConf.to_container(config, resolve=True)
     assert isinstance(tree, dict)
     # Type names would tie saved runs to module paths; `name` in each group is what rebuilds them.
     document = {"format_version": FORMAT_VERSION, "overrides": list(overrides), **tree}
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(document)), "utf-8")
+    write_text(path, OmegaConf.to_yaml(OmegaConf.create(document)))
 
 
 def load_config(path: Path) -> DictConfig:

@@ -8,6 +8,8 @@ import os
 import platform
 import sys
 
+from finetune.device import cpu_has_bf16
+
 PACKAGES = (
     "finetune-kit",
     "torch",
@@ -61,14 +63,6 @@ def backends() -> dict[str, str]:
         )
     state["Weights & Biases"] = wandb_state()
     return state
-
-
-def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware."""
-    import torch
-
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, name, bool)() for name in names)
 
 
 def wandb_state() -> str:

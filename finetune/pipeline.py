@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,8 +9,10 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from finetune.checks import check_early, check_fit
 from finetune.config import RunConfig, save_config
-from finetune.errors import ConfigError, ProofError
+from finetune.device import make_accelerator, resolve_dtype, torch_dtype
+from finetune.errors import ProofError
 
 
 @dataclass
@@ -22,95 +23,6 @@ class Outcome:
     exit_code: int = 0
     eval_loss: float | None = None
     failed_exports: list[str] = field(default_factory=list)
-
-
-def check_early(config: RunConfig) -> None:
-    """Everything that can be said against a configuration before a model is loaded.
-
-    Raises:
-        UserError: for the first thing that cannot work.
-    """
-    from finetune.adapters.attach import check_path as check_adapter
-    from finetune.data.sources import check_sources
-    from finetune.export.formats import chosen
-    from finetune.model.load import check_path, context_length
-
-    chosen(config.export.formats)
-    check_device(config.device)
-    check_path(config.model)
-    check_adapter(config.adapter)
-    check_sources(config.data)
-    if config.data.max_length is not None:
-        context = context_length(config.model)
-        if config.data.max_length > context:
-            raise ConfigError(
-                f"data.max_length is {config.data.max_length}, longer than the model's context of {context} tokens"
-            )
-
-
-def check_fit(config: RunConfig) -> None:
-    """Whether the adapter fits the model, tried on a model without weights: before minutes go into loading them.
-
-    Raises:
-        UserError: for a pattern that matches nothing, a rank above a matrix, one half of a tied pair.
-    """
-    import torch
-
-    from finetune.adapters.attach import attach
-    from finetune.model.load import skeleton
-
-    if config.adapter.path is None:  # a saved adapter decides its own shape; it is checked when it is read
-        with torch.device("meta"):
-            attach(skeleton(config.model), config.adapter)
-
-
-def check_device(device: str) -> None:
-    """Refuse a device that is not there.
-
-    Raises:
-        ConfigError: naming the device and what there is.
-    """
-    import torch
-
-    kind = device.partition(":")[0]
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            f"device is {device}, but torch sees no CUDA device (`finetune doctor` says why); use device=cpu"
-        )
-    if kind == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError("device is mps, but torch sees no Metal device; use device=cpu")
-
-
-def make_accelerator(device: str) -> Any:
-    """accelerate's view of the processes and of this one's device."""
-    from accelerate import Accelerator
-
-    if ":" in device:
-        os.environ["ACCELERATE_TORCH_DEVICE"] = device
-    return Accelerator(cpu=device == "cpu")
-
-
-def resolve_dtype(name: str, device: Any) -> str:
-    """bf16, fp16 or fp32; `auto` is bf16 where the device computes in it."""
-    import torch
-
-    if name != "auto":
-        return name
-    kind = torch.device(device).type
-    if kind == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    if kind == "cpu":
-        from finetune.doctor import cpu_has_bf16
-
-        return "bf16" if cpu_has_bf16() else "fp32"
-    return "fp32"
-
-
-def torch_dtype(name: str) -> Any:
-    """torch's dtype for bf16, fp16 or fp32."""
-    import torch
-
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
 
 
 def run_job(config: RunConfig, tree: DictConfig, overrides: list[str]) -> Outcome:

@@ -31,8 +31,9 @@ def tasks(story_model: str | None, story_data: str | None) -> dict[str, list[str
             f"model.path={story_model}",
             f"data.train={story_data}",
             "data.max_length=256",
-            "train.max_steps=150",
-            "train.eval_every=50",
+            "train.batch_size=8",
+            "train.max_steps=300",
+            "train.eval_every=100",
             "train.save_every=null",
         ]
     return found

@@ -14,7 +14,7 @@ FLOORS = [
     {"__init__", "__main__"},
     {"cli", "api"},
     {"pipeline", "compose", "processes"},
-    {"doctor"},
+    {"doctor", "checks"},
     {"config", "report", "samples"},
     {"training", "export"},
     {"evaluation"},
@@ -24,6 +24,7 @@ FLOORS = [
     {"quant"},
     {"structure", "kernels"},
     {"registry"},
+    {"device"},
     {"errors", "assets", "atomic"},
 ]
 
