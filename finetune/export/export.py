@@ -54,6 +54,7 @@ def export(source: ExportSource, out: Path, config: ExportConfig, eval_rows: Tok
     formats = chosen(config.formats)
     if not formats:
         return []
+    out = out.resolve()  # the client runs in a directory of its own
     out.mkdir(parents=True, exist_ok=True)
     sweep(out)
     with tempfile.TemporaryDirectory(dir=out, prefix=TEMPORARY) as workspace:

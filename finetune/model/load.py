@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from finetune.model.check import EMBEDDED, check_directory, check_path, local_directory, read_json
+from finetune.model.check import check_directory, check_path, local_directory, read_json
 from finetune.model.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -105,7 +105,9 @@ def load(model: ModelConfig, quant: QuantConfig, dtype: torch.dtype, device: str
     surplus = len(tokenizer) - loaded.get_input_embeddings().weight.shape[0]
     if surplus > 0:
         notes.append(f"the tokenizer has {surplus} tokens more than the embeddings have rows: data must not use them")
-    base_path = str(directory) if model.path == EMBEDDED else model.path
+    local = local_directory(model)
+    # Absolute, because the adapter's own files name it and are read from anywhere.
+    base_path = model.path if local is None else str(local.resolve())
     loaded.config._name_or_path = base_path  # what PEFT's adapter_config.json will name, not a path in the hub's cache
     return Loaded(loaded, tokenizer, digests, base_path, quantization_config, notes, loading.quant)
 

@@ -77,6 +77,15 @@ def test_every_format_is_proven_and_the_model_left_as_it_was(trained: Trained, t
     assert beside.kl_mean < 1e-5 and beside.retained == pytest.approx(1, abs=1e-3)
 
 
+def test_a_relative_directory_is_proven_like_any_other(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs go to runs/<name>/<timestamp> of wherever the user stands; the client stands elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    proof = one(trained.source, Path("somewhere") / "below", "safetensors", trained.rows)
+    assert proof.passed, proof.reason
+
+
 def tokens(trained: Trained) -> int:
     return sum(batch.target_tokens() for batch in eval_batches(trained.rows, 8, 0))
 
