@@ -42,22 +42,30 @@ def batch_plan(
     return [sequences[i : i + batch_size] for i in range(0, len(sequences), batch_size)]
 
 
-def collate(rows: TokenRows, micro_batch: Sequence[Sequence[int]], pad_id: int) -> Batch:
-    """The batch of a micro-batch, padded on the right to its longest sequence.
+LENGTH_STEP = 16
+"""Batches that are run by the hundred are padded to a multiple of so many positions: libraries compile and keep a kernel
+for every shape they meet, and on a CPU those of a few hundred lengths take more memory than a small model does."""
 
-    One row a sequence: an attention mask, positions that count through. Several rows in some sequence: no mask;
+
+def collate(rows: TokenRows, micro_batch: Sequence[Sequence[int]], pad_id: int, multiple: int = 1) -> Batch:
+    """The batch of a micro-batch, padded on the right to its longest sequence, and on to a multiple of `multiple`.
+
+    One row a sequence: an attention mask, positions that count through (at the padding they stay at the last one that
+    a real token has, so that none exceeds what the model was made for). Several rows in some sequence: no mask;
     positions restart at each row and once more at the padding, by which transformers keeps the rows apart.
 
     Args:
         rows: that the indices point into.
         micro_batch: sequences of row indices.
         pad_id: any token; its label is IGNORE and no row attends to it.
+        multiple: `LENGTH_STEP` where many batches are run, so that their shapes repeat.
     """
     packed = any(len(sequence) > 1 for sequence in micro_batch)
     lengths = [sum(len(rows[i].input_ids) for i in sequence) for sequence in micro_batch]
-    shape = (len(micro_batch), max(lengths))
+    longest = max(lengths)
+    shape = (len(micro_batch), -(-longest // multiple) * multiple)
     ids_BS, labels_BS = np.full(shape, pad_id, np.int64), np.full(shape, IGNORE, np.int64)
-    positions_BS = np.tile(np.arange(shape[1]), (shape[0], 1))
+    positions_BS = np.tile(np.minimum(np.arange(shape[1]), longest - 1), (shape[0], 1))
     for b, sequence in enumerate(micro_batch):
         place = 0
         for index in sequence:
@@ -79,7 +87,7 @@ def eval_batches(rows: TokenRows, batch_size: int, pad_id: int) -> Iterator[Batc
     """All rows, longest first (so that what does not fit in memory shows at once), unpacked."""
     order = np.argsort(-rows.lengths(), kind="stable").tolist()
     for start in range(0, len(order), batch_size):
-        yield collate(rows, [[i] for i in order[start : start + batch_size]], pad_id)
+        yield collate(rows, [[i] for i in order[start : start + batch_size]], pad_id, LENGTH_STEP)
 
 
 def packed_mask(batch: Batch, dtype: torch.dtype) -> Tensor:

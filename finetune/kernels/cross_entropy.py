@@ -20,6 +20,9 @@ from torch.autograd.function import once_differentiable
 IGNORE = -100
 CHUNK_BYTES = 32 * 2**20
 """Bytes that the float32 logits of a chunk may take."""
+ROUND_ROWS = 128
+"""Products run over a multiple of so many rows. How many positions are learnt differs from step to step, and oneDNN
+compiles and keeps a kernel for every shape it meets: without the rounding a run grew by some 10 MB a step."""
 
 
 def chunk_rows(vocab: int) -> int:
@@ -58,6 +61,12 @@ def linear_cross_entropy(
     return _LinearCrossEntropy.apply(
         hidden_NH, weight_VH, bias_V, labels_N, scale, softcap, rows, torch.is_grad_enabled()
     )
+
+
+def rounded(rows_CX: Tensor, chunk: int) -> Tensor:
+    """The same rows with zero rows behind them, up to a multiple of `ROUND_ROWS` (of the chunk where that is less)."""
+    missing = -len(rows_CX) % min(ROUND_ROWS, chunk)
+    return torch.nn.functional.pad(rows_CX, (0, 0, 0, missing)) if missing else rows_CX
 
 
 def logits_of(z_CV: Tensor, scale: float, softcap: float | None) -> Tensor:
@@ -114,13 +123,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(labels_N), rows):
             cut = slice(start, start + rows)
             h_CH = hidden_NH[cut]
-            z_CV = torch.nn.functional.linear(h_CH, w_VH, b_V)
+            z_CV = torch.nn.functional.linear(rounded(h_CH, rows), w_VH, b_V)[: len(h_CH)]
             loss, grad_CV = chunk_loss(z_CV, labels_N[cut], scale, softcap, need_h or need_w or need_b)
             total += loss
             if grad_CV is None:
                 continue
             if grad_NH is not None:
-                grad_NH[cut] = (grad_CV.to(dtype) @ w_VH).to(kept)
+                grad_NH[cut] = (rounded(grad_CV.to(dtype), rows) @ w_VH)[: len(h_CH)].to(kept)
             if grad_VH is not None:
                 grad_VH.addmm_(grad_CV.t(), h_CH.float())
             if grad_V is not None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from finetune.data.batching import collate, packed_mask
+from finetune.data.batching import LENGTH_STEP, collate, packed_mask
 from finetune.data.rows import Batch, Row, TokenRows
 from finetune.errors import RunError
 
@@ -64,8 +64,8 @@ def batch_maker(
     """What makes a micro-batch on the device, and a line for the user where packed rows need a mask."""
     if packing and needs_mask(model, rows, pad_id, device):
         note = f"{type(model).__name__} does not tell packed rows apart by their positions: an explicit mask does"
-        return lambda micro: with_mask(collate(rows, micro, pad_id).to(device), model), note
-    return lambda micro: collate(rows, micro, pad_id).to(device), None
+        return lambda micro: with_mask(collate(rows, micro, pad_id, LENGTH_STEP).to(device), model), note
+    return lambda micro: collate(rows, micro, pad_id, LENGTH_STEP).to(device), None
 
 
 def _probe_rows(rows: TokenRows) -> tuple[Row, Row]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -127,6 +128,19 @@ def test_a_packed_mask_keeps_rows_apart_and_causal() -> None:
 def test_evaluation_sees_every_row_longest_first() -> None:
     rows = rows_of([2, 7, 3, 7, 1])
     batches = list(eval_batches(rows, 2, pad_id=0))
-    assert [batch.input_ids_BS.shape for batch in batches] == [(2, 7), (2, 3), (1, 1)]
+    assert [batch.input_ids_BS.shape for batch in batches] == [(2, 16), (2, 16), (1, 16)]
+    assert [batch.attention_mask_BS.sum(1).tolist() for batch in batches] == [[7, 7], [3, 2], [1]]
     assert sum(batch.target_tokens() for batch in batches) == sum(length - 1 for length in rows.lengths())
     assert all(batch.attention_mask_BS is not None for batch in batches)
+
+
+def test_a_batch_rounded_up_computes_the_same_and_stays_within_the_model() -> None:
+    """Positions at the padding never exceed those of real tokens, and no label stands there."""
+    rows = rows_of([5, 3, 7])
+    plain, wide = collate(rows, [[0], [1], [2]], pad_id=99), collate(rows, [[0], [1], [2]], pad_id=99, multiple=16)
+    assert wide.input_ids_BS.shape == (3, 16) and plain.input_ids_BS.shape == (3, 7)
+    assert torch.equal(wide.input_ids_BS[:, :7], plain.input_ids_BS) and wide.position_ids_BS.max() == 6
+    assert wide.target_tokens() == plain.target_tokens()
+    assert wide.attention_mask_BS is not None and not wide.attention_mask_BS[:, 7:].any()
+    packed = collate(rows, [[0, 1, 2]], pad_id=99, multiple=16)
+    assert packed.position_ids_BS[0].tolist() == [*range(5), *range(3), *range(7), 0]
