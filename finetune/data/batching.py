@@ -43,8 +43,8 @@ def batch_plan(
 
 
 LENGTH_STEP = 16
-"""Batches that are run by the hundred are padded to a multiple of so many positions: libraries compile and keep a kernel
-for every shape they meet, and on a CPU those of a few hundred lengths take more memory than a small model does."""
+"""Batches that are run by the hundred are padded to a multiple of so many positions: libraries compile and keep a
+kernel for every shape they meet, and on a CPU those of a few hundred lengths take more memory than a small model."""
 
 
 def collate(rows: TokenRows, micro_batch: Sequence[Sequence[int]], pad_id: int, multiple: int = 1) -> Batch:
