@@ -17,10 +17,10 @@ ROOT = Path(__file__).parents[1]
 
 
 def floors(project: dict) -> list[str]:
-    """`name==lowest` for each dependency and dev or export extra that declares a lowest version."""
+    """`name==lowest` for each dependency and development tool that declares a lowest version."""
     extras = project["optional-dependencies"]
     pins = []
-    for requirement in [*project["dependencies"], *extras["export"], *extras["dev"]]:
+    for requirement in [*project["dependencies"], *extras["dev"]]:
         match = re.match(r"([A-Za-z0-9_.-]+)(?:\[[^]]*\])?.*?>=\s*([0-9.]+)", requirement)
         if match:
             pins.append(f"{match[1]}=={match[2]}")
