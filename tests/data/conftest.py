@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from data_rows import Write
 from data_tokenizers import KINDS, byte_level
 
 SHARED = Path(__file__).parents[3] / "shared"
@@ -53,3 +55,15 @@ def shared_data() -> Path:
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads what another run has cached."""
     monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Writes rows as JSON lines (texts as they are) and returns the path."""
+
+    def write_rows(rows: list[Any], name: str = "rows.jsonl") -> str:
+        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+        (tmp_path / name).write_text("".join(line + "\n" for line in lines), "utf-8")
+        return str(tmp_path / name)
+
+    return write_rows
