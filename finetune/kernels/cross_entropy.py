@@ -22,7 +22,7 @@ CHUNK_BYTES = 32 * 2**20
 """Bytes that the float32 logits of a chunk may take."""
 ROUND_ROWS = 128
 """Products run over a multiple of so many rows. How many positions are learnt differs from step to step, and oneDNN
-compiles and keeps a kernel for every shape it meets: without the rounding a run grew by some 10 MB a step."""
+compiles and keeps a kernel for every shape it meets: without the rounding memory grows with every step."""
 
 
 def chunk_rows(vocab: int) -> int:
