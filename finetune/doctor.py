@@ -41,7 +41,13 @@ def backends() -> dict[str, str]:
     """Each backend with "on" or the reason why it is off."""
     import torch
 
-    state = {"torch reference kernels": "on"}
+    from finetune.kernels import native
+
+    reason = native.why_off()
+    state = {
+        "torch reference kernels": "on",
+        "compiled CPU kernels": f"off: {reason}" if reason else f"on: {native.level()}",
+    }
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
         state["cuda"] = f"on: {torch.cuda.get_device_name()} (compute capability {major}.{minor})"

@@ -2,10 +2,11 @@
 
 Shape suffixes: B any leading dimensions, O out features, I in features, N = O * I, G blocks, P packed bytes.
 
-`finetune::dequantize_4bit` decodes; `finetune::linear_4bit` multiplies by a decoded weight. The reference below serves
-every device. A backend is one file that calls `torch.library.impl("finetune::dequantize_4bit", "cuda")(function)`, and
-likewise for `linear_4bit` where it can fuse the two: a kernel registered for a device goes before the reference. A
-backend that decodes only is used by `linear_4bit` and its backward as it is.
+`finetune::dequantize_4bit` decodes; `finetune::linear_4bit` multiplies by a decoded weight and
+`finetune::input_gradient_4bit` by its transpose. The reference below serves every device. A backend is one file that
+calls `torch.library.impl("finetune::dequantize_4bit", "cuda")(function)`, and likewise for the products where it can
+fuse: a kernel registered for a device goes before the reference. A backend that decodes only is used by the products as
+it is.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ import torch
 from torch import Tensor
 
 from finetune.kernels import reference
+from finetune.kernels.operand import register_format
 
 _STORAGE = "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? offset, str codebook, int block_size"
 
 _library = torch.library.Library("finetune", "FRAGMENT")
 _library.define(f"dequantize_4bit({_STORAGE}, SymInt[] shape, ScalarType dtype) -> Tensor")
 _library.define(f"linear_4bit(Tensor x, Tensor? bias, {_STORAGE}, SymInt out_features) -> Tensor")
+_library.define(f"input_gradient_4bit(Tensor grad, {_STORAGE}, SymInt in_features) -> Tensor")
 
 
 def dequantize_4bit(
@@ -102,6 +105,14 @@ def _linear(x: Tensor, bias: Tensor | None, *storage_and_width: Any) -> Tensor:
         return torch.nn.functional.linear(x, weight_OI, bias)
 
 
+@torch.library.impl("finetune::input_gradient_4bit", "default")
+def _input_gradient(grad: Tensor, *storage_and_width: Any) -> Tensor:
+    *storage, in_features = storage_and_width
+    weight_OI = torch.ops.finetune.dequantize_4bit(*storage, [grad.shape[-1], in_features], grad.dtype)
+    with torch.autocast(grad.device.type, enabled=False):
+        return grad @ weight_OI
+
+
 @torch.library.register_fake("finetune::dequantize_4bit")
 def _dequantize_fake(packed: Tensor, *rest: Any) -> Tensor:
     *_, shape, dtype = rest
@@ -113,21 +124,56 @@ def _linear_fake(x: Tensor, bias: Tensor | None, *storage_and_width: Any) -> Ten
     return x.new_empty([*x.shape[:-1], storage_and_width[-1]])
 
 
+@torch.library.register_fake("finetune::input_gradient_4bit")
+def _input_gradient_fake(grad: Tensor, *storage_and_width: Any) -> Tensor:
+    return grad.new_empty([*grad.shape[:-1], storage_and_width[-1]])
+
+
 def _save_for_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, _, packed, absmax, nested_absmax, offset, codebook, block_size, out_features = inputs
+    x, _, packed, absmax, nested_absmax, offset, codebook, block_size, _ = inputs
     ctx.save_for_backward(packed, absmax, nested_absmax, offset)
     ctx.format = (codebook, block_size)
-    ctx.shape = [out_features, x.shape[-1]]
+    ctx.in_features = x.shape[-1]
 
 
 def _linear_backward(ctx: Any, grad_BO: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        weight_OI = torch.ops.finetune.dequantize_4bit(*ctx.saved_tensors, *ctx.format, ctx.shape, grad_BO.dtype)
-        grad_x = grad_BO @ weight_OI
+        grad_x = torch.ops.finetune.input_gradient_4bit(grad_BO, *ctx.saved_tensors, *ctx.format, ctx.in_features)
     if ctx.needs_input_grad[1]:
         grad_bias = grad_BO.reshape(-1, grad_BO.shape[-1]).sum(dim=0)
     return (grad_x, grad_bias, *[None] * 7)
 
 
+def _save_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad, packed, absmax, nested_absmax, offset, codebook, block_size, _ = inputs
+    ctx.save_for_backward(packed, absmax, nested_absmax, offset)
+    ctx.format = (codebook, block_size)
+    ctx.out_features = grad.shape[-1]
+
+
+def _gradient_backward(ctx: Any, second_BI: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradient is linear in `grad_BO`, with the transposed weight: its derivative is the forward again."""
+    grad = torch.ops.finetune.linear_4bit(second_BI, None, *ctx.saved_tensors, *ctx.format, ctx.out_features)
+    return (grad, *[None] * 7)
+
+
 torch.library.register_autograd("finetune::linear_4bit", _linear_backward, setup_context=_save_for_linear)
+torch.library.register_autograd("finetune::input_gradient_4bit", _gradient_backward, setup_context=_save_for_gradient)
+
+
+def _operand_linear(
+    x_BI: Tensor, bias_O: Tensor | None, tensors: list[Tensor], settings: list[str], out_features: int
+) -> Tensor:
+    """As `operand.Product`; tensors are packed, absmax and, under double quantization, nested absmax and offset."""
+    storage = [*tensors, None, None][:4]
+    return torch.ops.finetune.linear_4bit(x_BI, bias_O, *storage, settings[0], int(settings[1]), out_features)
+
+
+def _operand_gradient(grad_BO: Tensor, tensors: list[Tensor], settings: list[str], in_features: int) -> Tensor:
+    """As `operand.Gradient`."""
+    storage = [*tensors, None, None][:4]
+    return torch.ops.finetune.input_gradient_4bit(grad_BO, *storage, settings[0], int(settings[1]), in_features)
+
+
+register_format("codebook4", _operand_linear, _operand_gradient)

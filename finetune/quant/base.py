@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from finetune.kernels.operand import Operand
 from finetune.registry import Registry
 
 
@@ -64,6 +65,10 @@ class FrozenLinear(FrozenWeight):
     @abstractmethod
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The stored weight w_OI, decoded in float32 and cast to `dtype`."""
+
+    @abstractmethod
+    def operand(self) -> Operand:
+        """The stored weight, without the bias, as operators take it that fuse something with the product."""
 
     @abstractmethod
     def requantize(self, w_OI: Tensor) -> FrozenLinear:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.kernels import ops, reference
+from finetune.kernels.operand import Operand
 from finetune.quant.base import FrozenExperts, FrozenLinear
 from finetune.quant.codebook4_storage import Codebook4, Codebook4Config
 from finetune.quant.packed_expert import PackedExpert
@@ -49,6 +50,10 @@ class Codebook4Linear(Codebook4, FrozenLinear):
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         return self._decode(dtype)
+
+    def operand(self) -> Operand:
+        tensors = [tensor for tensor in self.packed() if tensor is not None]
+        return Operand(tensors, f"codebook4:{self.codebook}:{self.block_size}", self.out_features, self.in_features)
 
     def requantize(self, w_OI: Tensor) -> Codebook4Linear:
         empty = Codebook4Linear(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from finetune.kernels.operand import Operand, register_format
 from finetune.quant.base import QUANTIZERS, FrozenExperts, FrozenLinear, FrozenWeight, QuantConfig
 
 
@@ -78,6 +79,9 @@ class DenseLinear(_Dense, FrozenLinear):
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         return self._weight_OI.detach().to(dtype)
+
+    def operand(self) -> Operand:
+        return Operand([self._weight_OI], "dense", self.out_features, self.in_features)
 
     def requantize(self, w_OI: Tensor) -> DenseLinear:
         new = DenseLinear(
@@ -169,3 +173,19 @@ def build(
     if experts:
         return DenseExperts(out_features, in_features, experts=experts, **options)
     return DenseLinear(out_features, in_features, bias=bias, **options)
+
+
+def _operand_linear(
+    x_BI: Tensor, bias_O: Tensor | None, tensors: list[Tensor], settings: list[str], out_features: int
+) -> Tensor:
+    """As `operand.Product`; the one tensor is w_OI in its own dtype."""
+    bias_O = None if bias_O is None else bias_O.to(x_BI.dtype)
+    return functional.linear(x_BI, tensors[0].to(x_BI.dtype), bias_O)
+
+
+def _operand_gradient(grad_BO: Tensor, tensors: list[Tensor], settings: list[str], in_features: int) -> Tensor:
+    """As `operand.Gradient`."""
+    return grad_BO @ tensors[0].to(grad_BO.dtype)
+
+
+register_format("dense", _operand_linear, _operand_gradient)

@@ -1,0 +1,29 @@
+// Products with a frozen weight that is decoded a panel at a time, so that the dense weight never exists.
+//
+// A storage format supplies a Decoder; the engines below know nothing else about it. Both products read the one stored
+// layout, rows of O with I contiguous; nothing is repacked in place.
+#pragma once
+
+#include "native.h"
+
+namespace finetune {
+
+// A frozen weight [O, I] as the engines read it.
+struct Decoder {
+  const void* weight;  // whatever the function below understands
+  // Writes w[row + r][column + c] as bf16 to out[r * stride + c], for r < rows and c < columns: the value that the
+  // format decodes to in float32, rounded to nearest even. Called from any thread; never writes past columns.
+  void (*panel)(const void* weight, int64_t row, int64_t rows, int64_t column, int64_t columns, bf16* out,
+                int64_t stride);
+};
+
+// y[M, O] = x[M, I] @ w[O, I].T + bias[O], bf16 in and out, accumulated in float32, rounded once at the end.
+// `x` and `y` are contiguous; `bias` may be null. Returns false where this CPU has no engine for it (nothing is written).
+bool engine_linear(const Decoder& decoder, int64_t M, int64_t O, int64_t I, const bf16* x, const bf16* bias, bf16* y,
+                   int threads);
+
+// gx[M, I] = g[M, O] @ w[O, I], as above.
+bool engine_input_gradient(const Decoder& decoder, int64_t M, int64_t O, int64_t I, const bf16* g, bf16* gx,
+                           int threads);
+
+}  // namespace finetune
