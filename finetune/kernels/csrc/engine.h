@@ -2,6 +2,9 @@
 //
 // A storage format supplies a Decoder; the engines below know nothing else about it. Both products read the one stored
 // layout, rows of O with I contiguous; nothing is repacked in place.
+//
+// The engines work in the slots SLOT_WEIGHT, SLOT_INPUT and SLOT_OUTPUT of every thread that takes part; a Decoder may
+// use SLOT_EXTRA. bf16 numbers below 2^-126 in size count as zero, in and out: so the instructions want it.
 #pragma once
 
 #include "native.h"
@@ -13,12 +16,15 @@ struct Decoder {
   const void* weight;  // whatever the function below understands
   // Writes w[row + r][column + c] as bf16 to out[r * stride + c], for r < rows and c < columns: the value that the
   // format decodes to in float32, rounded to nearest even. Called from any thread; never writes past columns.
+  // The engines ask for rows in multiples of 32 (fewer at the end) and for columns in multiples of 32 (fewer at the
+  // end) from a multiple of 32 on; columns are multiples of 64, and start at one, wherever I allows it.
   void (*panel)(const void* weight, int64_t row, int64_t rows, int64_t column, int64_t columns, bf16* out,
                 int64_t stride);
 };
 
 // y[M, O] = x[M, I] @ w[O, I].T + bias[O], bf16 in and out, accumulated in float32, rounded once at the end.
-// `x` and `y` are contiguous; `bias` may be null. Returns false where this CPU has no engine for it (nothing is written).
+// `x` and `y` are contiguous; `bias` may be null. Returns false where this CPU has no engine for it, or another way is
+// faster (decoding into a scratch, then the vendor's product): what `y` holds then means nothing.
 bool engine_linear(const Decoder& decoder, int64_t M, int64_t O, int64_t I, const bf16* x, const bf16* bias, bf16* y,
                    int threads);
 

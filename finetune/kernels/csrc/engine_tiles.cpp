@@ -1,0 +1,134 @@
+// Laying out operands for the engines' blocks, and writing their results: see engine_tiles.h.
+#include "engine_tiles.h"
+
+#ifdef FT_X86
+namespace finetune {
+namespace {
+
+FT_TARGET_AVX512_BF16 inline __mmask32 first_words(int64_t count) {
+  return count >= 32 ? 0xffffffffu : count <= 0 ? 0u : (1u << count) - 1u;
+}
+
+// A 16x16 matrix of 32-bit elements, transposed in registers.
+FT_TARGET_AVX512_BF16 inline __attribute__((always_inline)) void transpose(__m512i (&row)[16]) {
+  __m512i t[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_epi32(row[2 * i], row[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(row[2 * i], row[2 * i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    row[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    row[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    row[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    row[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {  // row[4 i + j] has columns j, 4 + j, 8 + j, 12 + j of rows 4 i .. 4 i + 3
+    t[j] = _mm512_shuffle_i32x4(row[j], row[4 + j], 0x88);
+    t[4 + j] = _mm512_shuffle_i32x4(row[j], row[4 + j], 0xdd);
+    t[8 + j] = _mm512_shuffle_i32x4(row[8 + j], row[12 + j], 0x88);
+    t[12 + j] = _mm512_shuffle_i32x4(row[8 + j], row[12 + j], 0xdd);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    row[j] = _mm512_shuffle_i32x4(t[j], t[8 + j], 0x88);
+    row[4 + j] = _mm512_shuffle_i32x4(t[4 + j], t[12 + j], 0x88);
+    row[8 + j] = _mm512_shuffle_i32x4(t[j], t[8 + j], 0xdd);
+    row[12 + j] = _mm512_shuffle_i32x4(t[4 + j], t[12 + j], 0xdd);
+  }
+}
+
+FT_TARGET_AVX512_BF16 inline __m512 widened(const bf16* values, __mmask16 mask) {
+  __m512i words = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, values));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+}
+
+FT_TARGET_AVX512_BF16 inline __m512i narrowed(__m512 low, __m512 high) {
+  return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+}
+
+}  // namespace
+
+size_t packed_bytes(int64_t M, int64_t K) {
+  return static_cast<size_t>(ceil_div(M, TILE) * ceil_div(K, DEPTH) * CELLS) * sizeof(bf16);
+}
+
+FT_TARGET_AVX512_BF16 void pack_columns(const bf16* rows, int64_t M, int64_t K, int64_t strip, bf16* packed) {
+  int64_t tiles = strip_tiles(strip, M);
+  for (int64_t k = 0; k < K; k += DEPTH) {
+    __mmask32 mask = first_words(K - k);
+    for (int64_t tile = 0; tile < tiles; ++tile, packed += CELLS) {
+      int64_t first = strip * BLOCK + tile * TILE;
+      const bf16* source = rows + first * K + k;
+      __m512i lines[16];
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < TILE; ++r)
+        lines[r] = _mm512_maskz_loadu_epi16(first + r < M ? mask : 0, source + r * K);
+      transpose(lines);
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < TILE; ++r) _mm512_store_si512(packed + r * DEPTH, lines[r]);
+    }
+  }
+}
+
+FT_TARGET_AVX512_BF16 void pack_rows(const bf16* rows, int64_t M, int64_t K, int64_t strip, bf16* packed) {
+  int64_t height = strip_tiles(strip, M) * TILE;
+  for (int64_t k = 0; k < K; k += DEPTH) {
+    __mmask32 mask = first_words(K - k);
+    for (int64_t r = 0; r < height; ++r, packed += DEPTH) {
+      int64_t row = strip * BLOCK + r;
+      _mm512_store_si512(packed, _mm512_maskz_loadu_epi16(row < M ? mask : 0, rows + row * K + k));
+    }
+  }
+}
+
+FT_TARGET_AVX512_BF16 void interleave(const bf16* rows, int64_t stride, int64_t columns, bf16* tiles,
+                                      int64_t spacing) {
+  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
+                                       5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  for (int64_t column = 0; column < columns; column += BLOCK, tiles += spacing)
+    for (int64_t pair = 0; pair < TILE; ++pair) {
+      __m512i even = _mm512_loadu_si512(rows + 2 * pair * stride + column);
+      __m512i odd = _mm512_loadu_si512(rows + (2 * pair + 1) * stride + column);
+      _mm512_store_si512(tiles + pair * DEPTH, _mm512_permutex2var_epi16(even, low, odd));
+      _mm512_store_si512(tiles + CELLS + pair * DEPTH, _mm512_permutex2var_epi16(even, high, odd));
+    }
+}
+
+FT_TARGET_AVX512_BF16 void store_rows(const float* c, int64_t rows, int64_t columns, bf16* out, int64_t stride) {
+  __mmask32 mask = first_words(columns);
+  for (int64_t r = 0; r < rows; ++r) {
+    __m512i line = narrowed(_mm512_load_ps(c + r * BLOCK), _mm512_load_ps(c + r * BLOCK + TILE));
+    _mm512_mask_storeu_epi16(out + r * stride, mask, line);
+  }
+}
+
+FT_TARGET_AVX512_BF16 void store_columns(const float* c, int64_t rows, int64_t columns, const bf16* bias, bf16* out,
+                                         int64_t stride) {
+  __mmask32 mask = first_words(columns);
+  __m512 bias_low = _mm512_setzero_ps(), bias_high = _mm512_setzero_ps();
+  if (bias) {
+    bias_low = widened(bias, static_cast<__mmask16>(mask));
+    bias_high = widened(bias + TILE, static_cast<__mmask16>(mask >> 16));
+  }
+  for (int64_t first = 0; first < rows; first += TILE) {
+    __m512i low[16], high[16];
+#pragma GCC unroll 16
+    for (int64_t r = 0; r < TILE; ++r) low[r] = _mm512_load_si512(c + r * BLOCK + first);
+    transpose(low);
+#pragma GCC unroll 16
+    for (int64_t r = 0; r < TILE; ++r) high[r] = _mm512_load_si512(c + (TILE + r) * BLOCK + first);
+    transpose(high);
+    for (int64_t r = 0; r < TILE && first + r < rows; ++r) {
+      __m512i line = narrowed(_mm512_add_ps(_mm512_castsi512_ps(low[r]), bias_low),
+                              _mm512_add_ps(_mm512_castsi512_ps(high[r]), bias_high));
+      _mm512_mask_storeu_epi16(out + (first + r) * stride, mask, line);
+    }
+  }
+}
+
+}  // namespace finetune
+#endif
