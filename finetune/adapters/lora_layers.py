@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finetune.adapters.weight import AdaptedExperts, AdaptedLinear
+from finetune.kernels.lora import lora_linear
 from finetune.quant.base import FrozenExperts, FrozenLinear
 
 
@@ -32,6 +33,7 @@ class LoRALinear(AdaptedLinear):
         lora_A: weight A_RI.
         lora_B: weight B_OR.
         scaling: factor on the product.
+        dropout: share of the input of A that is zeroed while training.
     """
 
     def __init__(self, base: FrozenLinear, *, rank: int, scaling: float, dropout: float) -> None:
@@ -39,12 +41,13 @@ class LoRALinear(AdaptedLinear):
         self.scaling = scaling
         self.lora_A, self.lora_B = Factor(rank, base.in_features), Factor(base.out_features, rank)
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
 
     def adapted(self, x_BI: Tensor) -> Tensor:
         """base(x) + s B A dropout(x), in the dtype of x."""
-        a_BR = F.linear(self.dropout(x_BI), self.lora_A.weight.to(x_BI.dtype)) * self.scaling
-        return self.base(x_BI) + F.linear(a_BR, self.lora_B.weight.to(x_BI.dtype))
+        dropout = self.dropout if self.training else 0.0
+        factors = self.lora_A.weight, self.lora_B.weight
+        return lora_linear(x_BI, self.base.bias, self.base.operand(), *factors, self.scaling, dropout=dropout)
 
     def merge(self, weight: Tensor) -> Tensor:
         """w_OI + s B A, in float32."""
