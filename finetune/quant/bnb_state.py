@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from finetune.quant.codebook4_storage import Codebook4
 
 _STATE = "weight.quant_state.bitsandbytes__"
-_FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def bnb_state(module: Codebook4) -> dict[str, Tensor]:
@@ -98,7 +98,7 @@ def from_bnb_state(module: Codebook4, state: dict[str, Tensor], name: str = "") 
         offset = torch.tensor([float(facts["nested_offset"])], device=device)
         packed = Packed4bit(codes_P1, absmax_G, nested_absmax, offset)
     module.codebook, module.block_size, module.double_quant = facts["quant_type"], block_size, nested
-    module.dtype = _FLOATS[facts["dtype"]]
+    module.dtype = FLOATS[facts["dtype"]]
     module.hold(packed)
 
 
@@ -125,7 +125,7 @@ def _facts(state: dict[str, Tensor], name: str) -> dict[str, Any]:
     if not isinstance(facts, dict) or not {"quant_type", "blocksize", "dtype", "shape"} <= facts.keys():
         raise ModelError(f"{where} does not hold quant_type, blocksize, dtype and shape: {facts}")
     size = facts["blocksize"]
-    if facts["quant_type"] not in books.CODEBOOKS or facts["dtype"] not in _FLOATS:
+    if facts["quant_type"] not in books.CODEBOOKS or facts["dtype"] not in FLOATS:
         raise ModelError(f"{where}: quant_type {facts['quant_type']!r} of {facts['dtype']!r} is not one we can read")
     if not isinstance(size, int) or not 32 <= size <= 4096 or size & (size - 1):
         raise ModelError(f"{where}: blocksize is {size!r}, expected a power of two from 32 to 4096")

@@ -1,10 +1,10 @@
-"""One expert of a 4-bit stack as an operand, while a graph is being recorded.
+"""One expert of a packed stack as an operand of torch's own products.
 
 Shape suffixes: B tokens of an expert, O out features, I in features.
 
 The eager expert loop of transformers multiplies by `experts[e]` with `F.linear` or `@`. Given a dense tensor, autograd
 would keep it until the backward: in the end every expert of a layer in 16 bits. This operand hands those two calls to
-`linear_4bit`, which keeps the packed tensors and decodes again. It is no tensor; torch passes it such calls by
+`operand_linear`, which keeps the packed tensors and decodes again. It is no tensor; torch passes it such calls by
 `__torch_function__` (torch's notes, "Extending torch native API with a Tensor-like type").
 """
 
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from finetune.kernels import ops
-from finetune.kernels.reference import Packed4bit
+from finetune.kernels.operand import Operand
+from finetune.kernels.operand_linear import operand_linear
 
 _PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 
@@ -27,31 +27,21 @@ class PackedExpert:
     """A weight w_OI (w_IO where `transposed`) that is decoded only where it is used.
 
     Args:
-        packed: the codes and scales of this expert alone.
-        dtype: of the dense tensor that this becomes for any other call.
+        operand: the codes and scales of this expert alone.
+        decode: the dense w_OI, for any call that is no product.
     """
 
-    def __init__(
-        self,
-        packed: Packed4bit,
-        codebook: str,
-        block_size: int,
-        *,
-        shape: tuple[int, ...],
-        transposed: bool,
-        dtype: torch.dtype,
-    ) -> None:
-        self._packed, self._codebook, self._block_size = packed, codebook, block_size
-        self._size, self._transposed, self._dtype = shape, transposed, dtype
+    def __init__(self, operand: Operand, decode: Callable[[], Tensor], transposed: bool) -> None:
+        self._operand, self._decode, self._transposed = operand, decode, transposed
 
     def dense(self) -> Tensor:
         """The decoded weight in the layout of the parameter."""
-        w_OI = ops.dequantize_4bit(*self._packed, self._codebook, self._block_size, list(self._size), self._dtype)
+        w_OI = self._decode()
         return w_OI.T if self._transposed else w_OI
 
     def product(self, x_BI: Tensor, bias_O: Tensor | None = None) -> Tensor:
         """`x_BI @ w_OI.T + bias_O` without a dense copy for the backward."""
-        return ops.linear_4bit(x_BI, bias_O, *self._packed, self._codebook, self._block_size, self._size[0])
+        return operand_linear(x_BI, bias_O, self._operand)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):  # what copying and pickling look for, also before there is anything to decode

@@ -14,6 +14,10 @@ from finetune.quant.base import QUANTIZERS, FrozenExperts, FrozenLinear, QuantCo
 
 FORMATS = [name for name in QUANTIZERS.types() if name != "keep"]
 OUT, IN, EXPERTS = 24, 40, 3
+ERROR = {"int2": 0.6, "int3": 0.25}
+"""Relative error of a Gaussian weight that a format may leave; 0.2 where it is not named."""
+ROUNDS_ITS_INPUT = {"int8": 0.02}
+"""Relative error of a product that rounding the input may add: these formats do so by definition."""
 
 
 def linear(name: str, dtype: torch.dtype = torch.float32, bias: bool = True) -> tuple[FrozenLinear, Tensor]:
@@ -42,8 +46,12 @@ def test_forward_multiplies_by_what_it_decodes(name: str) -> None:
     x = torch.randn(2, 5, IN)
     decoded = module.dequantize(torch.float32)
     assert decoded.shape == w_OI.shape
-    assert (decoded - w_OI).norm() < 0.2 * w_OI.norm()
-    torch.testing.assert_close(module(x), x @ decoded.T + module.bias, rtol=1e-5, atol=1e-5)
+    assert (decoded - w_OI).norm() < ERROR.get(name, 0.2) * w_OI.norm()
+    exact = x @ decoded.T + module.bias
+    if name in ROUNDS_ITS_INPUT:
+        assert 0 < (module(x) - exact).norm() < ROUNDS_ITS_INPUT[name] * exact.norm()
+    else:
+        torch.testing.assert_close(module(x), exact, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -83,7 +91,8 @@ def test_gradient_flows_to_the_input_only_and_survives_an_evaluation_pass(name: 
     assert torch.equal(before, gradient())
     assert all(p.grad is None and not p.requires_grad for p in module.parameters())
     w64 = module.dequantize(torch.float32).double()
-    exact = 2 * (x.double() @ w64.T + module.bias.double()) @ w64
+    with torch.no_grad():
+        exact = 2 * module(x).double() @ w64  # straight through whatever the format does to its input
     assert (before.double() - exact).norm() / exact.norm() < 1e-5
 
 
@@ -94,7 +103,7 @@ def test_requantizing_the_stored_weight_keeps_every_bit(name: str) -> None:
     assert type(same) is type(module)
     ours, theirs = module.state_dict(), same.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
-    moved = module.requantize(module.dequantize(torch.float32) + 0.05)
+    moved = module.requantize(module.dequantize(torch.float32) * 1.5)
     assert not torch.equal(moved.dequantize(torch.float32), module.dequantize(torch.float32))
     assert torch.equal(moved.bias, module.bias) and moved.bias is not module.bias
 
@@ -161,7 +170,7 @@ def test_one_expert_is_a_slice_of_the_stack(name: str, transposed: bool, in_feat
     module, w = experts(name, transposed, in_features)
     stack = module.dequantize(torch.float32)
     assert stack.shape == w.shape
-    assert (stack - w).norm() < 0.2 * w.norm()
+    assert (stack - w).norm() < ERROR.get(name, 0.2) * w.norm()
     for expert in range(EXPERTS):
         assert torch.equal(module[expert], stack[expert])
         assert torch.equal(module[torch.tensor(expert)], stack[expert])

@@ -1,0 +1,110 @@
+"""What frozen modules in row-wise int8 have in common: settings, storage, state dict in bitsandbytes' keys.
+
+Shape suffixes: O out features, I in features, E experts.
+
+Keys on disk, relative to a module: `weight` (int8 [.., O, I]), `SCB` (float32 [.., O], the absmax of each row) and
+`weight_format` (uint8, 0: row after row), as bitsandbytes 0.50.2 saves a `Linear8bitLt` and stock transformers reads
+it. Stacks of experts have the same keys; bitsandbytes has no such module.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetune.errors import ConfigError, ModelError
+from finetune.kernels import int8
+from finetune.kernels.operand import Operand
+from finetune.quant.base import QuantConfig
+from finetune.quant.packed import PackedWeight
+
+ROW_MAJOR = 0
+CHUNK = 1 << 22
+"""Weights that are encoded at a time: what bounds the temporaries."""
+
+
+@dataclass
+class Int8Config(QuantConfig):
+    """LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339): a row of int8 codes under one scale.
+
+    Attributes:
+        threshold: magnitude from which an input is an outlier, whose column is multiplied in 16 bits while all others
+            are rounded to int8 as well; 0 rounds no inputs (weight-only).
+        head: quantize the output head as well; a head tied to the embeddings cannot be.
+    """
+
+    name: str = "int8"
+    threshold: float = 6.0
+    head: bool = False
+
+    at_will = ("threshold",)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.threshold < float("inf"):
+            raise ConfigError(f"quant.threshold is {self.threshold}: expected 0 (weight-only) or a magnitude above it")
+
+
+class Int8(PackedWeight):
+    """Storage common to the linear and the experts.
+
+    Attributes:
+        weight: int8 [.., O, I].
+        SCB: float32 [.., O], as bitsandbytes calls the absmax of a row.
+        threshold: as in `Int8Config`.
+    """
+
+    stored = ("weight", "SCB")
+    storage = "int8"
+    weight: nn.Parameter
+    SCB: nn.Parameter
+
+    def __init__(self, config: Int8Config, shape: tuple[int, ...], dtype: torch.dtype, device: Any = None) -> None:
+        super().__init__(shape, dtype)
+        self.threshold = config.threshold
+        codes = torch.zeros(shape, dtype=torch.int8, device=device)
+        self.hold([codes, torch.zeros(shape[:-1], dtype=torch.float32, device=device)])
+
+    def encode(self, weight: Tensor) -> list[Tensor]:
+        rows = weight.reshape(-1, self.in_features)
+        parts = [int8.quantize_weight(part) for part in rows.split(max(1, CHUNK // self.in_features))]
+        absmax = torch.cat([part.absmax_M for part in parts])
+        if not absmax.isfinite().all():
+            raise self._not_finite()
+        codes = torch.cat([part.codes_MI for part in parts])
+        return [codes.view(self.shape), absmax.view(self.shape[:-1])]
+
+    def decode(self, dtype: torch.dtype) -> Tensor:
+        return int8.dequantize_int8(self.weight, self.SCB, list(self.shape), dtype)
+
+    def as_operand(self, codes_OI: Tensor, absmax_O: Tensor, threshold: float) -> Operand:
+        """Stored tensors of one matrix as operators take them."""
+        return Operand([codes_OI, absmax_O], f"int8:{threshold}", self.out_features, self.in_features)
+
+    def settings(self) -> Int8Config:
+        return Int8Config(threshold=self.threshold)
+
+    def packed_state(self) -> dict[str, Tensor]:
+        layout = torch.tensor(ROW_MAJOR, dtype=torch.uint8)
+        return {"weight": self.weight.detach(), "SCB": self.SCB.detach(), "weight_format": layout}
+
+    def take_state(self, state: dict[str, Tensor], name: str = "") -> None:
+        device = state["weight"].device if self.weight.is_meta and "weight" in state else self.weight.device
+
+        def tensor(key: str, shape: tuple[int, ...], kind: torch.dtype) -> Tensor:
+            if key not in state:
+                raise ModelError(f"{name}{key} is missing from the checkpoint")
+            value = state[key].detach().to(device)
+            if tuple(value.shape) != shape or value.dtype != kind:
+                raise ModelError(f"{name}{key} is {list(value.shape)} {value.dtype}, expected {list(shape)} {kind}")
+            return value
+
+        layout = int(state.get("weight_format", torch.tensor(ROW_MAJOR)))
+        if layout != ROW_MAJOR:
+            raise ModelError(f"{name}weight_format is {layout}: expected {ROW_MAJOR} (rows); save it with bitsandbytes")
+        self.hold([tensor("weight", self.shape, torch.int8), tensor("SCB", self.shape[:-1], torch.float32)])
+
+    def _is_key(self, key: str) -> bool:
+        return key in ("weight", "SCB", "weight_format")
