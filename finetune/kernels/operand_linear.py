@@ -59,12 +59,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad_BO: Tensor) -> tuple[Any, ...]:
     grad_x = grad_bias = None
+    stored = list(ctx.saved_tensors)  # to be asked for once only: checkpointing computes it anew
     if ctx.needs_input_grad[0]:
-        stored = list(ctx.saved_tensors)
         grad_x = torch.ops.finetune.operand_input_gradient(grad_BO, stored, ctx.spec, ctx.in_features)
     if ctx.needs_input_grad[1]:
         grad_bias = grad_BO.reshape(-1, grad_BO.shape[-1]).sum(dim=0)
-    return grad_x, grad_bias, [None] * len(ctx.saved_tensors), None, None
+    return grad_x, grad_bias, [None] * len(stored), None, None
 
 
 torch.library.register_autograd("finetune::operand_linear", _backward, setup_context=_save)

@@ -199,7 +199,7 @@ class PackedLinear(PackedWeight, FrozenLinear):
         device: Any = None,
         transposed: bool = False,
     ) -> None:
-        super().__init__(config, (out_features, in_features), dtype, device)  # type: ignore[call-arg]
+        super().__init__(config, (out_features, in_features), dtype, device)  # type: ignore[call-arg,arg-type]
         self.transposed = transposed
         value = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
         self.register_parameter("bias", None if value is None else nn.Parameter(value, requires_grad=False))
@@ -244,7 +244,7 @@ class PackedExperts(PackedWeight, FrozenExperts):
         device: Any = None,
         transposed: bool = False,
     ) -> None:
-        super().__init__(config, (experts, out_features, in_features), dtype, device)  # type: ignore[call-arg]
+        super().__init__(config, (experts, out_features, in_features), dtype, device)  # type: ignore[call-arg,arg-type]
         self.num_experts = experts
         self.transposed = transposed
 
