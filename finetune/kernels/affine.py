@@ -20,6 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from finetune.kernels import triton_backend
 from finetune.kernels.operand import register_format
 from finetune.kernels.products import autocast, define_products, library
 
@@ -187,3 +188,5 @@ def _operand_gradient(grad_BO: Tensor, tensors: list[Tensor], settings: list[str
 
 
 register_format("affine", _operand_linear, _operand_gradient)
+for _operator in ("dequantize", "linear", "input_gradient"):
+    triton_backend.register(f"{_operator}_affine", "triton_affine", _operator)

@@ -14,11 +14,13 @@ typo that is 1.8e-5 too large).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from finetune.kernels import triton_backend
 from finetune.kernels.operand import register_format
 from finetune.kernels.products import autocast, define_products, library
 
@@ -131,18 +133,33 @@ def _dequantize_fake(codes: Tensor, absmax: Tensor, shape: list[int], dtype: tor
 define_products("int8", _STORAGE)
 
 
-@torch.library.impl("finetune::llm_int8", "default")
-def reference_llm_int8(x: Tensor, bias: Tensor | None, codes: Tensor, absmax: Tensor, threshold: float) -> Tensor:
-    """The operator in plain torch: exact products, scaled in float32, rounded once with what the outliers add."""
+def llm_int8_by(
+    multiply: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    bias: Tensor | None,
+    codes: Tensor,
+    absmax: Tensor,
+    threshold: float,
+) -> Tensor:
+    """The operator in plain torch: exact products, scaled in float32, rounded once with what the outliers add.
+
+    Args:
+        multiply: makes the exact product of codes; a backend has its own.
+    """
     x_MI = x.reshape(-1, x.shape[-1])
     rows = quantize_rows(x_MI, threshold)
     scale_MO = torch.outer(rows.absmax_M, absmax) * (1 / LEVELS**2)
-    y_MO = product(rows.codes_MI, codes).float().mul_(scale_MO)
+    y_MO = multiply(rows.codes_MI, codes).float().mul_(scale_MO)
     if bias is not None:
         y_MO += bias
     with torch.autocast(x.device.type, enabled=False):
         y_MO += outlier_part(x_MI, rows, codes, absmax)
     return y_MO.to(x.dtype).view(*x.shape[:-1], codes.shape[0])
+
+
+@torch.library.impl("finetune::llm_int8", "default")
+def _llm_int8(x: Tensor, bias: Tensor | None, codes: Tensor, absmax: Tensor, threshold: float) -> Tensor:
+    return llm_int8_by(product, x, bias, codes, absmax, threshold)
 
 
 def outlier_part(x_MI: Tensor, rows: Rows, codes_OI: Tensor, absmax_O: Tensor) -> Tensor:
@@ -195,3 +212,6 @@ def _operand_gradient(grad_BO: Tensor, tensors: list[Tensor], settings: list[str
 
 
 register_format("int8", _operand_linear, _operand_gradient)
+for _operator in ("dequantize", "linear", "input_gradient"):
+    triton_backend.register(f"{_operator}_int8", "triton_int8", _operator)
+triton_backend.register("llm_int8", "triton_int8", "llm_int8")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.kernels import reference
+from finetune.kernels import reference, triton_backend
 from finetune.kernels.operand import register_format
 
 _STORAGE = "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? offset, str codebook, int block_size"
@@ -177,3 +177,5 @@ def _operand_gradient(grad_BO: Tensor, tensors: list[Tensor], settings: list[str
 
 
 register_format("codebook4", _operand_linear, _operand_gradient)
+for _operator in ("dequantize", "linear", "input_gradient"):
+    triton_backend.register(f"{_operator}_4bit", "triton_codebook4", _operator)

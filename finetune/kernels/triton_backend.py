@@ -1,0 +1,63 @@
+"""The GPU backend in Triton: for which devices it registers, and what every launch needs.
+
+Triton serves CUDA, ROCm (whose torch says "cuda" as well) and, with Intel's build, XPU. Nothing is imported or probed
+before the first tensor on such a device arrives: `register` leaves a small function with the dispatcher that imports
+its module then. Without Triton the reference in plain torch serves these devices too.
+
+Triton's interpreter (`TRITON_INTERPRET=1` in the environment before the import) runs the same kernels on CPU tensors;
+the tests call the modules' functions directly for that.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DEVICES = ("cuda", "xpu")
+"""torch's names of the devices that Triton compiles for."""
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether kernels run in Triton's interpreter, where a product of bfloat16 is garbage: operands are upcast first."""
+EXACT = {"enable_fp_fusion": False}
+"""Launch option: no fused multiply-add where separate roundings are promised bit for bit."""
+BLOCK, STEPS = 1024, 4
+"""Weights of a row that a program decodes at a time, eight a thread, and how many times."""
+
+
+def installed() -> bool:
+    """Whether Triton can be imported."""
+    return find_spec("triton") is not None
+
+
+def register(operator: str, module: str, function: str) -> None:
+    """Make `finetune.kernels.<module>.<function>` serve an operator on the devices of Triton, where Triton is."""
+    if not installed():
+        return
+
+    def serve(*arguments: Any) -> Any:
+        return getattr(import_module(f"finetune.kernels.{module}"), function)(*arguments)
+
+    torch.library.impl(f"finetune::{operator}", DEVICES)(serve)
+
+
+def on(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Launches go to the device of a tensor, also where another one is current."""
+    if tensor.device.type not in DEVICES:
+        return nullcontext()
+    return torch.get_device_module(tensor.device).device(tensor.device)
+
+
+def flat_bytes(tensor: Tensor) -> Tensor:
+    """The same memory, contiguous and one-dimensional."""
+    return tensor.detach().reshape(-1).contiguous()
+
+
+def row_grid(out: Tensor) -> tuple[int, int]:
+    """Programs for a kernel that decodes row by row: rows, pieces of a row."""
+    width = out.shape[-1]
+    return out.numel() // width, -(-width // (BLOCK * STEPS))
