@@ -92,7 +92,7 @@ def _frozen_row(name: str, module: FrozenWeight, structure: Structure) -> Stored
     size = module.bytes() - (bias.numel() * bias.element_size() if bias is not None else 0)
     parameters = dict(module.named_parameters(recurse=False))
     dense = parameters["weight"].numel() == weights and parameters["weight"].is_floating_point()
-    storage = _dtype(parameters["weight"]) if dense else str(getattr(module, "codebook", type(module).__name__))
+    storage = _dtype(parameters["weight"]) if dense else str(getattr(module, "storage", type(module).__name__))
     reason = f"quant={DenseConfig().name}, or as the checkpoint stores it" if dense else ""
     return StoredWeight(name, storage, weights, size, reason, _in_block(name, structure))
 

@@ -35,7 +35,7 @@ class Loaded:
         digests: sha256 of "base" (the checkpoint's tensors as stored), "tokenizer", "chat_template" (of null where
             there is none) and "quantization" (the settings in force).
         base_path: directory or hub id, as configured; `embedded` as its directory.
-        quantization_config: in transformers' terms; None for a dense base.
+        quantization_config: of config.json, in transformers' terms where stock reads such a model; None for a dense base.
         notes: what the user should know.
         quant: the storage settings in force.
     """
@@ -78,17 +78,18 @@ def load(model: ModelConfig, quant: QuantConfig, dtype: torch.dtype, device: str
     Raises:
         ModelError: for anything about the checkpoint that the user can mend.
     """
-    from finetune.model import bnb_format, digest, pretrained
+    from finetune.model import digest, pretrained
     from finetune.model.describe import storage_notes
     from finetune.model.hub import fetch
+    from finetune.model.stored import storage_of
 
     directory = fetch(model)
     headers = check_directory(directory)
-    stored, packed = bnb_format.stored_settings(read_json(directory / "config.json", ""), headers, str(directory))
-    settings = _settings(quant, stored, str(directory))
+    stored = storage_of(read_json(directory / "config.json", ""), headers, str(directory))
+    settings = _settings(quant, stored.settings if stored else None, str(directory))
     config = pretrained.read_config(directory, model)
     tokenizer = pretrained.read_tokenizer(directory, model)
-    loading = pretrained.Loading(settings, dtype, packed if stored is not None else None)
+    loading = pretrained.Loading(settings, dtype, stored)
     with ThreadPoolExecutor(1) as pool:
         base = pool.submit(digest.base_digest, headers)
         loaded = pretrained.read_model(directory, config, model, loading, device)
@@ -98,7 +99,7 @@ def load(model: ModelConfig, quant: QuantConfig, dtype: torch.dtype, device: str
             "chat_template": digest.json_digest(getattr(tokenizer, "chat_template", None)),
             "quantization": digest.json_digest(asdict(loading.quant)),
         }
-    quantization_config = bnb_format.quantization_config(loading.quant, dtype, loading.kept)
+    quantization_config = loading.told()
     notes = list(loading.notes)
     if quantization_config is not None:
         notes += storage_notes(loaded, DENSE_SHARE)
@@ -154,7 +155,7 @@ def context_length(model: ModelConfig) -> int:
 
 def _settings(quant: QuantConfig, stored: QuantConfig | None, where: str) -> QuantConfig:
     """The storage settings in force: what was asked, or what the checkpoint has where that is asked or agrees."""
-    from finetune.model.bnb_format import agree
+    from finetune.model.stored import agree
     from finetune.quant.dense import DenseConfig
     from finetune.quant.keep import KeepConfig
 

@@ -16,7 +16,8 @@ from transformers.utils import logging
 from finetune.errors import ModelError, nearest
 from finetune.model.check import read_json
 from finetune.model.config import ModelConfig
-from finetune.model.quantizer import METHOD, FrozenBaseConfig, Loading
+from finetune.model.quantizer import FrozenBaseConfig, Loading
+from finetune.model.stored import METHOD
 from finetune.model.streaming import fixed_thresholds, own_memory
 
 
@@ -59,7 +60,7 @@ def read_model(directory: Path, config: Any, model: ModelConfig, loading: Loadin
     if native is None and not model.trust_remote_code:
         raise ModelError(f"{directory} holds a {config.model_type} model, which is no causal language model")
     options: dict[str, Any] = {"attn_implementation": _attention(native, model, loading)}
-    if loading.packed is None:
+    if loading.stored is None:
         options["quantization_config"] = FrozenBaseConfig(loading)
     else:
         config.quantization_config = {"quant_method": METHOD, "loading": loading}

@@ -11,6 +11,7 @@ Written against `transformers.quantizers.base.HfQuantizer` and `transformers.cor
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -24,16 +25,14 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from finetune.errors import ConfigError, ModelError
-from finetune.model import bnb_format
+from finetune.model.stored import METHOD, Storage, quantization_config
 from finetune.model.streaming import PageRelease
 from finetune.quant.base import QUANTIZERS, FrozenWeight, QuantConfig
-from finetune.quant.bnb_state import from_bnb_state
 from finetune.quant.dense import DenseConfig, DenseLinear
 from finetune.quant.freeze import empty_frozen, replace_projection
+from finetune.quant.packed import PackedExperts, PackedWeight
 from finetune.structure import Projection, Structure, inspect
 from finetune.structure.inspect import projection_of
-
-METHOD = "finetune"
 
 
 @dataclass
@@ -43,9 +42,9 @@ class Loading:
     Attributes:
         quant: the storage format in force.
         dtype: of what stays unquantized, and of what frozen modules stand for.
-        packed: for a prequantized checkpoint, the dtype its packed bytes are disguised as, by name of the weight; None
-            for a dense one.
+        stored: how a prequantized checkpoint is stored; None for a dense one.
         kept: names of the linear modules that stayed unquantized, known after loading.
+        stacks: whether experts are packed, known after loading.
         mismatched: names of tensors whose shape in the checkpoint is not the model's.
         notes: what the user should know.
         failure: the first error of an operation, which transformers would only report.
@@ -53,15 +52,20 @@ class Loading:
 
     quant: QuantConfig
     dtype: torch.dtype
-    packed: dict[str, torch.dtype] | None = None
+    stored: Storage | None = None
     pages: PageRelease = field(default_factory=PageRelease)
     kept: list[str] = field(default_factory=list)
+    stacks: bool = False
     mismatched: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     failure: Exception | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Loading:
         return self
+
+    def told(self) -> dict[str, Any] | None:
+        """`quantization_config` of config.json for the model as it is; None for a dense one."""
+        return quantization_config(self.quant, self.dtype, self.kept, stacks=self.stacks)
 
     @contextmanager
     def keeping_failure(self) -> Iterator[None]:
@@ -82,9 +86,8 @@ class FrozenBaseConfig(QuantizationConfigMixin):
         self.loading = loading
 
     def to_dict(self) -> dict[str, Any]:
-        """What config.json says of a model saved as it is, in transformers' own terms, so that stock reads it."""
-        loading = self.loading
-        return bnb_format.quantization_config(loading.quant, loading.dtype, loading.kept) or {"quant_method": METHOD}
+        """What config.json says of a model saved as it is; in transformers' own terms where stock can read it."""
+        return self.loading.told() or {"quant_method": METHOD}
 
 
 @register_quantizer(METHOD)
@@ -104,10 +107,21 @@ class FrozenBaseQuantizer(HfQuantizer):
         structure = inspect(model)
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self.targets = {parameter_name(p): p for p in structure.projections}
-        if getattr(self.loading.quant, "head", False) and self.loading.packed is None:
+        if getattr(self.loading.quant, "head", False) and self.loading.stored is None:
             self.targets.update(_head(model, structure))
+        if self.loading.stored is not None:
+            self._expect_packed(model, self.loading.stored.packed)
+
+    def _expect_packed(self, model: nn.Module, packed: dict[str, torch.dtype]) -> None:
+        """Make room for the weights of a prequantized checkpoint, so that transformers passes them untouched."""
+        for projection in self.targets.values():
+            # The keys of a packed stack are no parameter's name in the dense model: an empty stack makes them known.
+            # On disk only the end of a name is sure to be the same.
+            end = ".".join([*projection.name.split(".")[-2:], "weight"])
+            if projection.kind == "experts" and any(name.endswith(f".{end}") for name in packed):
+                _place(model, projection, self._empty(model, projection, self.loading.quant, torch.device("meta")))
         modules = dict(model.named_modules())
-        for name, storage in (self.loading.packed or {}).items():
+        for name, storage in packed.items():
             # 5.17 casts a float tensor to the dtype of the parameter it is for; packed bytes must pass untouched.
             module = modules.get(name.removesuffix(".weight"))
             if storage.is_floating_point and module is not None and projection_of(module, name) is not None:
@@ -130,10 +144,12 @@ class FrozenBaseQuantizer(HfQuantizer):
         self.loading.kept = [
             name for name, module in model.named_modules() if isinstance(module, nn.Linear | DenseLinear)
         ]
+        stacks = [name for name, module in model.named_modules() if isinstance(module, PackedExperts)]
+        self.loading.stacks = bool(stacks)
         # Their operations cannot be undone (saving would try); what is saved is packed as it was.
         conversions = getattr(model, "_weight_conversions", None) or []
-        model._weight_conversions = [c for c in conversions if not _unpacks(c)]  # type: ignore[assignment]
-        if bnb_format.quantization_config(self.loading.quant, self.loading.dtype, []) is None:
+        model._weight_conversions = [c for c in conversions if not _packs(c, stacks)]  # type: ignore[assignment]
+        if self.loading.told() is None:
             self.remove_quantization_config(model)
         return model
 
@@ -161,7 +177,8 @@ class FrozenBaseQuantizer(HfQuantizer):
         """Prequantized: gather a weight and its scales, longest names first (5.17 takes the first match)."""
         if not self.pre_quantized:
             return []
-        return [WeightConverter([*bnb_format.COMPANIONS, "weight"], "weight", [Unpack(self)])]
+        assert self.loading.stored is not None
+        return [WeightConverter([*self.loading.stored.format.companions, "weight"], "weight", [Unpack(self)])]
 
     def is_serializable(self) -> bool:
         return True
@@ -197,12 +214,15 @@ class FrozenBaseQuantizer(HfQuantizer):
         Raises:
             ModelError: where the parts do not make a weight, or not one that fits here.
         """
+        assert self.loading.stored is not None
         path = name.removesuffix(".weight")
-        projection = self.targets.get(name) or projection_of(model.get_submodule(path), path)
+        projection = self.targets.get(name) or self.targets.get(path) or projection_of(model.get_submodule(path), path)
         if projection is None:
             raise ModelError(f"{name} is packed in the checkpoint, but the model has no linear layer there")
-        frozen = self._empty(model, projection, bnb_format.settings_of(stored, name), stored["weight"].device)
-        from_bnb_state(frozen, stored, f"{path}.")  # type: ignore[arg-type]
+        quant = self.loading.stored.format.settings_of(stored, name, self.loading.quant)
+        frozen = self._empty(model, projection, quant, stored["weight"].device)
+        assert isinstance(frozen, PackedWeight)
+        frozen.take_state(stored, f"{path}.")
         _place(model, projection, frozen)
 
     def _empty(
@@ -285,7 +305,7 @@ def _place(model: nn.Module, projection: Projection, frozen: FrozenWeight) -> No
         piece._is_hf_initialized = True  # type: ignore[attr-defined]
     frozen.requires_grad_(False)
     parent, leaf = _owner(model, projection.name)
-    if projection.kind == "experts":
+    if isinstance(getattr(parent, leaf), nn.Parameter):
         delattr(parent, leaf)
     setattr(parent, leaf, frozen)  # over a module: in place, so that the order of modules stays
 
@@ -308,6 +328,10 @@ def _single(value: Any) -> Tensor:
     return value[0] if isinstance(value, list) else value
 
 
-def _unpacks(conversion: Any) -> bool:
-    """Whether a conversion is one of ours."""
-    return any(isinstance(operation, Freeze) for operation in getattr(conversion, "operations", ()))
+def _packs(conversion: Any, stacks: list[str]) -> bool:
+    """Whether a conversion is one of ours, or makes one of the stacks that are packed now."""
+    operations = getattr(conversion, "operations", ())
+    if any(isinstance(operation, Freeze) for operation in operations):
+        return True
+    targets = [pattern.replace("*", ".*") for pattern in conversion.target_patterns] if operations else []
+    return any(re.search(target, name) for target in targets for name in stacks)

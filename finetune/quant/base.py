@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,13 @@ from finetune.registry import Registry
 
 @dataclass
 class QuantConfig:
-    """How the frozen base is stored. Sub-classes are registered in `QUANTIZERS`, one a storage format."""
+    """How the frozen base is stored. Sub-classes are registered in `QUANTIZERS`, one a storage format.
+
+    Attributes:
+        at_will: names of settings that say how to compute, not what is stored; a stored checkpoint leaves them free.
+    """
+
+    at_will: ClassVar[tuple[str, ...]] = ()
 
     name: str = "base"
 
@@ -91,8 +98,8 @@ class FrozenExperts(FrozenWeight):
     def __getitem__(self, expert: int) -> Tensor:
         """The decoded weight of one expert, in the layout and the compute dtype of the parameter it stands for.
 
-        While gradients are recorded it may be an operand that torch's functions take for that tensor, and that keeps
-        the packed weight for the backward instead of the dense one.
+        It may be an operand that torch's functions take for that tensor, and that keeps the packed weight for the
+        backward instead of the dense one.
         """
 
     @abstractmethod

@@ -10,7 +10,7 @@ it. Stacks of experts have the same keys; bitsandbytes has no such module.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ class Int8Config(QuantConfig):
     threshold: float = 6.0
     head: bool = False
 
-    at_will = ("threshold",)
+    at_will: ClassVar[tuple[str, ...]] = ("threshold",)
 
     def __post_init__(self) -> None:
         if not 0 <= self.threshold < float("inf"):

@@ -21,8 +21,8 @@ from finetune.export.calibration import Calibration
 from finetune.export.directory import narrowed
 from finetune.export.merge import Stock, frozen_at, merged_weights
 from finetune.export.stock import write_config, write_tokenizer, write_weights
-from finetune.model.bnb_format import quantization_config
 from finetune.model.headers import StoredTensor
+from finetune.model.stored import quantization_config
 from finetune.quant.base import QUANTIZERS, FrozenLinear
 from finetune.quant.codebook4 import Codebook4Linear
 from finetune.quant.compensation import compensate

@@ -15,6 +15,7 @@ from finetune.export.adapter import write_adapter
 from finetune.export.base import ExportSource, Format, Written
 from finetune.quant.base import FrozenExperts, FrozenWeight
 
+STOCK_METHOD = "bitsandbytes"
 STOCK_BLOCK_SIZE = 64
 """What transformers' BitsAndBytesConfig quantizes with; it has no key for another."""
 
@@ -37,11 +38,16 @@ def write(source: ExportSource, directory: Path) -> Written:
 
 def _stock_repeats(source: ExportSource) -> bool:
     """Whether stock transformers, loading the base, stores it exactly as it was trained on."""
-    if source.quantization_config is None:
+    told = source.quantization_config
+    if told is None:
         return not any(_is_packed(module) for module in source.model.modules())
+    if told["quant_method"] != STOCK_METHOD:
+        return False
     frozen = [module for module in source.model.modules() if _is_packed(module)]
     return all(
-        not isinstance(module, FrozenExperts) and getattr(module, "block_size", STOCK_BLOCK_SIZE) == STOCK_BLOCK_SIZE
+        not isinstance(module, FrozenExperts)
+        and getattr(module, "block_size", STOCK_BLOCK_SIZE) == STOCK_BLOCK_SIZE
+        and getattr(module, "threshold", True)  # at 0 bitsandbytes rounds all inputs to int8, we none
         for module in frozen
     )
 
