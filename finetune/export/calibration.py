@@ -90,9 +90,9 @@ class Calibration:
 
         handles = []
         for name in names:
-            linear = frozen_at(self.model, name)
-            if linear is not None:
-                handles.append(linear.register_forward_pre_hook(watch(name)))
+            # An adapter may multiply by the frozen weight without calling it: what stands at its name is called.
+            if frozen_at(self.model, name) is not None:
+                handles.append(self.model.get_submodule(name).register_forward_pre_hook(watch(name)))
         try:
             yield mask
         finally:
