@@ -27,14 +27,15 @@ struct Job {
   const bf16* input;
   const bf16* bias;
   bf16* result;
-  bool tiles;     // AMX
+  bool tiles;      // AMX
+  int64_t height;  // rows that pack_few lays out, where inner products serve; else 0
   int64_t depth;  // K of a panel, a multiple of 32
   int64_t width;  // N of a panel, a multiple of 32
   const bf16* packed;
 };
 
-constexpr int64_t MOST_DEPTH = 4096;
-constexpr int64_t PANEL_BYTES = int64_t{1} << 20;  // half of the second-level cache (Sapphire Rapids: 2 MiB)
+constexpr int64_t MOST_DEPTH = 2048;
+constexpr int64_t PANEL_BYTES = int64_t{1} << 20;  // half of the second-level cache (Sapphire Rapids 2 MiB, Zen 4 1 MiB)
 // Above these M decoding everything and the vendor's product are faster where there are no tiles.
 constexpr int64_t MOST_ROWS_WITHOUT_TILES = 64;
 
@@ -72,13 +73,19 @@ void fill_columns(const Job& job, int64_t n, int64_t width, int64_t k, int64_t d
 // One block of the result: strip s by columns n + j.. over a panel of `depth` from k.
 void compute(const Job& job, int64_t s, int64_t n, int64_t j, int64_t k, int64_t depth, const bf16* panel, float* c) {
   int64_t steps = ceil_div(depth, DEPTH), tiles = strip_tiles(s, job.M);
+  int64_t step_cells = job.height ? job.height * DEPTH : tiles * CELLS;
   int64_t rows = std::min(BLOCK, job.M - s * BLOCK), columns = std::min(BLOCK, job.N - n - j);
-  const bf16* strip = job.packed + strip_offset(s, job.K) + k / DEPTH * tiles * CELLS;
+  const bf16* strip = job.packed + strip_offset(s, job.K) + k / DEPTH * step_cells;
   int64_t spacing = row_spacing(job.depth);
   Block block = job.transposed
                     ? Block{panel + j * spacing, spacing, DEPTH, strip, steps, columns, tiles, c, k > 0}
                     : Block{strip, DEPTH, tiles * CELLS, panel + j / BLOCK * steps * 2 * CELLS, steps, rows, 2, c, k > 0};
-  job.tiles ? amx_block(block) : avx512_block(block);
+  if (job.tiles)
+    amx_block(block);
+  else if (job.height)
+    avx512_dots(block, job.height);
+  else
+    avx512_block(block);
   if (k + depth < job.K) return;
   bf16* out = job.result + s * BLOCK * job.N + n + j;
   if (job.transposed)
@@ -110,10 +117,18 @@ bool compute_range(const Job& job, int64_t first, int64_t last) {
   return true;
 }
 
+void pack(const Job& job, int64_t s, bf16* packed) {
+  if (job.height)
+    pack_few(job.input, job.M, job.K, job.height, packed);
+  else
+    (job.transposed ? pack_columns : pack_rows)(job.input, job.M, job.K, s, packed + strip_offset(s, job.K));
+}
+
 void plan(Job& job) {
   int64_t parts = ceil_div(job.K, MOST_DEPTH);
   job.depth = ceil_div(ceil_div(job.K, parts), DEPTH) * DEPTH;
-  int64_t width = PANEL_BYTES / static_cast<int64_t>(sizeof(bf16)) / job.depth / BLOCK * BLOCK;
+  int64_t bytes = job.tiles ? PANEL_BYTES : PANEL_BYTES / 2;
+  int64_t width = bytes / static_cast<int64_t>(sizeof(bf16)) / job.depth / BLOCK * BLOCK;
   if (job.transposed && job.M <= BLOCK) width = BLOCK;
   job.width = std::max(BLOCK, std::min(width, ceil_div(job.N, BLOCK) * BLOCK));
 }
@@ -123,6 +138,7 @@ bool run(Job& job, int threads) {
   if (level() < AVX512_BF16) return false;
   job.tiles = level() == AMX;
   if (!job.tiles && job.M > MOST_ROWS_WITHOUT_TILES) return false;
+  job.height = !job.tiles && job.transposed && job.M <= MOST_DOTS ? dots_height(job.M) : 0;
   plan(job);
   bf16* packed = static_cast<bf16*>(scratch(SLOT_INPUT, packed_bytes(job.M, job.K)));
   if (!packed) return false;
@@ -138,8 +154,7 @@ bool run(Job& job, int threads) {
     int64_t team = 1, me = 0;
 #endif
 #pragma omp for schedule(static)
-    for (int64_t s = 0; s < strips; ++s)
-      (job.transposed ? pack_columns : pack_rows)(job.input, job.M, job.K, s, packed + strip_offset(s, job.K));
+    for (int64_t s = 0; s < strips; ++s) pack(job, s, packed);
     int64_t first = units * me / team * BLOCK, last = std::min(job.N, units * (me + 1) / team * BLOCK);
     if (first < last && !compute_range(job, first, last)) done = false;
   }
@@ -152,7 +167,7 @@ bool run(Job& job, int threads) {
 bool engine_linear(const Decoder& decoder, int64_t M, int64_t O, int64_t I, const bf16* x, const bf16* bias, bf16* y,
                    int threads) {
 #ifdef FT_X86
-  Job job{&decoder, M, O, I, true, x, bias, y, false, 0, 0, nullptr};
+  Job job{&decoder, M, O, I, true, x, bias, y, false, 0, 0, 0, nullptr};
   return run(job, threads);
 #else
   return false;
@@ -162,7 +177,7 @@ bool engine_linear(const Decoder& decoder, int64_t M, int64_t O, int64_t I, cons
 bool engine_input_gradient(const Decoder& decoder, int64_t M, int64_t O, int64_t I, const bf16* g, bf16* gx,
                            int threads) {
 #ifdef FT_X86
-  Job job{&decoder, M, I, O, false, g, nullptr, gx, false, 0, 0, nullptr};
+  Job job{&decoder, M, I, O, false, g, nullptr, gx, false, 0, 0, 0, nullptr};
   return run(job, threads);
 #else
   return false;

@@ -73,15 +73,16 @@ FT_TARGET_AVX512_BF16 void pack_columns(const bf16* rows, int64_t M, int64_t K, 
   }
 }
 
-FT_TARGET_AVX512_BF16 void pack_rows(const bf16* rows, int64_t M, int64_t K, int64_t strip, bf16* packed) {
-  int64_t height = strip_tiles(strip, M) * TILE;
+FT_TARGET_AVX512_BF16 void pack_few(const bf16* rows, int64_t M, int64_t K, int64_t height, bf16* packed) {
   for (int64_t k = 0; k < K; k += DEPTH) {
     __mmask32 mask = first_words(K - k);
-    for (int64_t r = 0; r < height; ++r, packed += DEPTH) {
-      int64_t row = strip * BLOCK + r;
-      _mm512_store_si512(packed, _mm512_maskz_loadu_epi16(row < M ? mask : 0, rows + row * K + k));
-    }
+    for (int64_t r = 0; r < height; ++r, packed += DEPTH)
+      _mm512_store_si512(packed, _mm512_maskz_loadu_epi16(r < M ? mask : 0, rows + r * K + k));
   }
+}
+
+void pack_rows(const bf16* rows, int64_t M, int64_t K, int64_t strip, bf16* packed) {
+  pack_few(rows + strip * BLOCK * K, M - strip * BLOCK, K, strip_tiles(strip, M) * TILE, packed);
 }
 
 FT_TARGET_AVX512_BF16 void interleave(const bf16* rows, int64_t stride, int64_t columns, bf16* tiles,

@@ -43,6 +43,8 @@ inline int64_t strip_tiles(int64_t strip, int64_t M) { return M - strip * BLOCK 
 // Strip s of rows[M, K] as B tiles (row m becomes column m), and as rows of A (32 or 16 rows a step).
 void pack_columns(const bf16* rows, int64_t M, int64_t K, int64_t strip, bf16* packed);
 void pack_rows(const bf16* rows, int64_t M, int64_t K, int64_t strip, bf16* packed);
+// All rows, `height` of them a step (at most 32, of which M are there), as avx512_dots wants them.
+void pack_few(const bf16* rows, int64_t M, int64_t K, int64_t height, bf16* packed);
 
 // 32 rows of K by `columns` columns, a multiple of 32, to B tiles: block column j at tiles + j * spacing.
 void interleave(const bf16* rows, int64_t stride, int64_t columns, bf16* tiles, int64_t spacing);
@@ -57,6 +59,11 @@ void amx_begin();
 void amx_end();
 void amx_block(const Block& block);
 void avx512_block(const Block& block);
+
+// A block whose b is packed by pack_few, for M <= MOST_DOTS: by inner products along K, where lanes over M were idle.
+constexpr int64_t MOST_DOTS = 8;
+int64_t dots_height(int64_t M);  // rows that pack_few is to lay out: 1, 2, 4 or 8
+void avx512_dots(const Block& block, int64_t height);
 
 }  // namespace finetune
 #endif
