@@ -4,9 +4,12 @@ For a row of hidden states h and a head W, b the logits are `z = cap(scale * (W 
 where the model caps them, and the loss is `logsumexp(z) - z[label]`. Rows are taken a chunk at a time; the gradient of
 a chunk, `softmax(z) - onehot`, is folded into the gradient of the hidden states (and of the head, where it trains)
 before its logits are dropped. This is the scheme of Cut Cross-Entropy (Wijmans et al. 2025, arXiv:2411.09009) and of
-Liger Kernel's fused linear cross entropy (Hsu et al. 2024, arXiv:2410.10989, section 3.2) in plain torch.
+Liger Kernel's fused linear cross entropy (Hsu et al. 2024, arXiv:2410.10989, section 3.2).
 
-Shape suffixes: N learnt positions, C positions of one chunk, H hidden features, V vocabulary.
+Two operators: `finetune::linear_cross_entropy` goes over the chunks, `finetune::cross_entropy_` turns the logits of one
+into their gradient. The second is what a backend supplies; plain torch serves below.
+
+Shape suffixes: N positions, L learnt positions, C positions of one chunk, H hidden features, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,8 +17,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from finetune.kernels import cpu_cross_entropy
+from finetune.kernels.autocast import no_autocast
 
 IGNORE = -100
 CHUNK_BYTES = 32 * 2**20
@@ -24,10 +30,19 @@ ROUND_ROWS = 128
 """Products run over a multiple of so many rows. How many positions are learnt differs from step to step, and oneDNN
 compiles and keeps a kernel for every shape it meets: without the rounding memory grows with every step."""
 
+_library = torch.library.Library("finetune", "FRAGMENT")
+_library.define("cross_entropy_(Tensor(a!) z, Tensor labels, float scale, float? softcap, bool gradient) -> Tensor")
+_library.define(
+    "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, float scale, float? softcap, "
+    "int rows, bool[] needed) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
 
 def chunk_rows(vocab: int) -> int:
-    """Positions whose float32 logits fit `CHUNK_BYTES`; at least 16, as products over fewer waste the machine."""
-    return max(16, CHUNK_BYTES // (4 * vocab))
+    """Positions whose float32 logits fit `CHUNK_BYTES`, whole multiples of `ROUND_ROWS` where that many do; at least
+    16, as products over fewer waste the machine."""
+    rows = max(16, CHUNK_BYTES // (4 * vocab))
+    return rows - rows % ROUND_ROWS if rows > ROUND_ROWS else rows
 
 
 def linear_cross_entropy(
@@ -52,21 +67,23 @@ def linear_cross_entropy(
         chunk: positions at a time; None takes `chunk_rows(V)`.
 
     Returns:
-        float32 scalar.
+        float32 scalar. It has a first derivative only.
+
+    Raises:
+        IndexError: for a label that is no token.
     """
-    keep = labels_N != IGNORE
-    if not bool(keep.all()):
-        hidden_NH, labels_N = hidden_NH[keep], labels_N[keep]
-    rows = chunk or chunk_rows(weight_VH.shape[0])
-    return _LinearCrossEntropy.apply(
-        hidden_NH, weight_VH, bias_V, labels_N, scale, softcap, rows, torch.is_grad_enabled()
+    parts = (hidden_NH, weight_VH, bias_V)
+    needed = [torch.is_grad_enabled() and part is not None and part.requires_grad for part in parts]
+    loss, *_ = torch.ops.finetune.linear_cross_entropy(
+        *parts, labels_N, scale, softcap, chunk or chunk_rows(weight_VH.shape[0]), needed
     )
+    return loss
 
 
 def rounded(rows_CX: Tensor, chunk: int) -> Tensor:
     """The same rows with zero rows behind them, up to a multiple of `ROUND_ROWS` (of the chunk where that is less)."""
     missing = -len(rows_CX) % min(ROUND_ROWS, chunk)
-    return torch.nn.functional.pad(rows_CX, (0, 0, 0, missing)) if missing else rows_CX
+    return F.pad(rows_CX, (0, 0, 0, missing)) if missing else rows_CX
 
 
 def logits_of(z_CV: Tensor, scale: float, softcap: float | None) -> Tensor:
@@ -76,73 +93,122 @@ def logits_of(z_CV: Tensor, scale: float, softcap: float | None) -> Tensor:
     return z_CV if softcap is None else torch.tanh(z_CV / softcap) * softcap
 
 
-def chunk_loss(
-    z_CV: Tensor, labels_C: Tensor, scale: float, softcap: float | None, with_grad: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Summed loss of a chunk and, where asked for, its float32 gradient with respect to the head's output `z_CV`."""
-    logits_CV = logits_of(z_CV, scale, softcap).float()
+def cross_entropy_(z_CV: Tensor, labels_C: Tensor, scale: float, softcap: float | None, gradient: bool) -> Tensor:
+    """Summed loss of a chunk, float32; where asked for, its gradient replaces the head's output `z_CV`."""
+    logits_CV = logits_of(z_CV.float(), scale, softcap)
     log_norm_C = torch.logsumexp(logits_CV, dim=-1)
     picked_C = logits_CV.gather(1, labels_C[:, None]).squeeze(1)
     loss = (log_norm_C - picked_C).sum()
-    if not with_grad:
-        return loss, None
-    cap_slope_CV = None if softcap is None else 1 - (logits_CV / softcap) ** 2
-    grad_CV = torch.exp_(logits_CV.sub_(log_norm_C[:, None]))
-    grad_CV.scatter_add_(1, labels_C[:, None], torch.full_like(picked_C, -1.0)[:, None])
-    if cap_slope_CV is not None:
-        grad_CV.mul_(cap_slope_CV)
-    return loss, grad_CV.mul_(scale) if scale != 1.0 else grad_CV
+    if gradient:
+        slope_CV = None if softcap is None else (1 - (logits_CV / softcap) ** 2)
+        grad_CV = torch.exp(logits_CV - log_norm_C[:, None])
+        grad_CV.scatter_add_(1, labels_C[:, None], torch.full_like(picked_C, -1.0)[:, None])
+        if slope_CV is not None:
+            grad_CV.mul_(slope_CV)
+        z_CV.copy_(grad_CV.mul_(scale) if scale != 1.0 else grad_CV)
+    return loss
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Computes the gradients in the forward pass and keeps only them."""
+def _linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    scale: float,
+    softcap: float | None,
+    rows: int,
+    needed: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss and the gradients of hidden, weight and bias, those not needed empty."""
+    dtype, learnt_N = hidden.dtype, labels != IGNORE
+    with no_autocast(hidden):
+        h_LH, labels_L = hidden[learnt_N], labels[learnt_N]
+        w_VH = weight.to(dtype)
+        b_V = None if bias is None else bias.to(dtype)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grads = _Gradients(h_LH, weight, bias, needed)
+        for start in range(0, len(labels_L), rows):
+            cut = slice(start, start + rows)
+            z_CV = F.linear(rounded(h_LH[cut], rows), w_VH, b_V)[: len(labels_L[cut])]
+            if grads.exact:
+                z_CV = z_CV.float()
+            total += torch.ops.finetune.cross_entropy_(z_CV, labels_L[cut], scale, softcap, any(needed))
+            grads.add(cut, z_CV, w_VH, rows)
+        return total, *grads.result(learnt_N)
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_NH: Tensor,
-        weight_VH: Tensor,
-        bias_V: Tensor | None,
-        labels_N: Tensor,
-        scale: float,
-        softcap: float | None,
-        rows: int,
-        grad_mode: bool,
-    ) -> Tensor:
-        dtype = hidden_NH.dtype
-        need_h, need_w, need_b = (grad_mode and needed for needed in ctx.needs_input_grad[:3])
+
+class _Gradients:
+    """What the chunks' gradients add up to.
+
+    Attributes:
+        exact: whether chunks' gradients have to come in float32, because the head's own are sums over all of them.
+    """
+
+    def __init__(self, h_LH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, needed: list[bool]) -> None:
+        self.h_LH, self.exact = h_LH, needed[1] or needed[2]
         # The gradient of a sum over one position is at most a row of W: float16 would flush its small parts to zero
         # before the loss scale reaches them.
-        kept = torch.float32 if dtype == torch.float16 else dtype
-        grad_NH = torch.empty_like(hidden_NH, dtype=kept) if need_h else None
-        grad_VH = torch.zeros_like(weight_VH, dtype=torch.float32) if need_w else None
-        grad_V = torch.zeros_like(bias_V, dtype=torch.float32) if bias_V is not None and need_b else None
-        w_VH = weight_VH.to(dtype)
-        b_V = None if bias_V is None else bias_V.to(dtype)
-        total = torch.zeros((), dtype=torch.float32, device=hidden_NH.device)
-        for start in range(0, len(labels_N), rows):
-            cut = slice(start, start + rows)
-            h_CH = hidden_NH[cut]
-            z_CV = torch.nn.functional.linear(rounded(h_CH, rows), w_VH, b_V)[: len(h_CH)]
-            loss, grad_CV = chunk_loss(z_CV, labels_N[cut], scale, softcap, need_h or need_w or need_b)
-            total += loss
-            if grad_CV is None:
-                continue
-            if grad_NH is not None:
-                grad_NH[cut] = (rounded(grad_CV.to(dtype), rows) @ w_VH)[: len(h_CH)].to(kept)
-            if grad_VH is not None:
-                grad_VH.addmm_(grad_CV.t(), h_CH.float())
-            if grad_V is not None:
-                grad_V += grad_CV.sum(0)
-        ctx.save_for_backward(grad_NH, grad_VH, grad_V)
-        ctx.dtypes = (dtype, weight_VH.dtype, None if bias_V is None else bias_V.dtype)
-        return total
+        kept = torch.float32 if h_LH.dtype == torch.float16 else h_LH.dtype
+        self.h = h_LH.new_empty(h_LH.shape if needed[0] else [0], dtype=kept)
+        self.w = h_LH.new_zeros(weight_VH.shape if needed[1] else [0], dtype=torch.float32)
+        self.b = h_LH.new_zeros(bias_V.shape if bias_V is not None and needed[2] else [0], dtype=torch.float32)
+        self.needed = needed
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = (
-            None if kept is None else (kept * grad).to(dtype)
-            for kept, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        )
-        return (*scaled, None, None, None, None, None)
+    def add(self, cut: slice, grad_CV: Tensor, w_VH: Tensor, rows: int) -> None:
+        """Fold in the gradient of the logits at the positions of `cut`."""
+        if self.needed[0]:
+            grad_CH = rounded(grad_CV.to(w_VH.dtype), rows) @ w_VH
+            self.h[cut] = grad_CH[: len(grad_CV)]
+        if self.needed[1]:
+            self.w.addmm_(grad_CV.t(), self.h_LH[cut].float())
+        if self.needed[2]:
+            self.b += grad_CV.sum(0)
+
+    def result(self, learnt_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients, zero at positions that are not learnt."""
+        if self.needed[0] and len(learnt_N) != len(self.h):
+            whole = self.h.new_zeros(len(learnt_N), self.h.shape[1])
+            whole[learnt_N] = self.h
+            return whole, self.w, self.b
+        return self.h, self.w, self.b
+
+
+def _cross_entropy_fake(z: Tensor, *rest: Any) -> Tensor:
+    return z.new_empty((), dtype=torch.float32)
+
+
+def _linear_fake(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, scale: float, softcap: float | None,
+    rows: int, needed: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    kept = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+    return (
+        hidden.new_empty((), dtype=torch.float32),
+        hidden.new_empty(hidden.shape if needed[0] else [0], dtype=kept),
+        hidden.new_empty(weight.shape if needed[1] else [0], dtype=torch.float32),
+        hidden.new_empty(bias.shape if bias is not None and needed[2] else [0], dtype=torch.float32),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:])
+    ctx.dtypes = [None if part is None else part.dtype for part in inputs[:3]]
+    ctx.needed = inputs[-1]
+
+
+def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    found = (
+        (kept * grad).to(dtype) if need and grad is not None else None
+        for kept, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.needed, strict=True)
+    )
+    return (*found, *[None] * 5)
+
+
+torch.library.impl("finetune::cross_entropy_", "default")(cross_entropy_)
+torch.library.impl("finetune::linear_cross_entropy", "default")(_linear_cross_entropy)
+torch.library.register_fake("finetune::cross_entropy_")(_cross_entropy_fake)
+torch.library.register_fake("finetune::linear_cross_entropy")(_linear_fake)
+torch.library.register_autograd("finetune::linear_cross_entropy", _backward, setup_context=_save)
+cpu_cross_entropy.register()

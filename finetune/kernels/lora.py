@@ -12,7 +12,6 @@ Shape suffixes: B leading dimensions, N rows (B flattened), O out features, I in
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from finetune.kernels import operand
+from finetune.kernels.autocast import no_autocast
 from finetune.kernels.dropout import draw_kept, zero_dropped
 from finetune.kernels.operand import Operand
 
@@ -128,12 +128,6 @@ def _add_to_input(grad_x: Tensor, back_NR: Tensor, a_RI: Tensor, kept: Tensor | 
 def _rows(x_BX: Tensor) -> Tensor:
     """Leading dimensions flattened; a view of a contiguous tensor."""
     return x_BX.reshape(-1, x_BX.shape[-1])
-
-
-def no_autocast(like: Tensor) -> AbstractContextManager[None]:
-    """Autocast would otherwise act a second time, on the tensors inside, and contradict the fake implementation."""
-    kind = like.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 @torch.library.register_fake("finetune::lora_linear")

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from finetune.kernels import native
 from finetune.kernels.cross_entropy import linear_cross_entropy
 
 
@@ -70,19 +75,92 @@ def test_16_bit_hidden_states(dtype: torch.dtype) -> None:
 
 
 def test_logits_never_exist_whole() -> None:
-    """The largest tensor that the forward and the backward make is a chunk's."""
-    largest = 0
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor):
-                largest = max(largest, out.numel())
-            return out
-
+    """The largest piece of memory that the forward and the backward ask for is a chunk's."""
     hidden = torch.randn(512, 8, requires_grad=True)
     weight, labels = torch.randn(1000, 8), torch.randint(0, 1000, (512,))
-    with Watch():
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         linear_cross_entropy(hidden, weight, labels, chunk=16).backward()
-    assert largest == 16 * 1000
+    largest = max(event.cpu_memory_usage for event in profile.events() if event.name.startswith("aten::"))
+    assert 0 < largest <= 16 * 1000 * 4
+
+
+@pytest.mark.parametrize("needed", [[True, False, False], [True, True, True], [False, False, False]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(dtype: torch.dtype, needed: list[bool]) -> None:
+    tensors, labels = problem(dtype)
+    hidden, weight, bias = (t.detach().requires_grad_(need) for t, need in zip(tensors, needed, strict=True))
+    arguments = (hidden, weight, bias, labels, 0.5, None, 16, needed)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.library.opcheck(torch.ops.finetune.linear_cross_entropy, arguments, rtol=tolerance, atol=tolerance)
+    z, own = torch.randn(5, 9, dtype=dtype), torch.tensor([0, 8, 3, 3, 1])
+    torch.library.opcheck(torch.ops.finetune.cross_entropy_, (z, own, 1.0, None, True))
+
+
+def test_compiles_without_a_break() -> None:
+    (hidden, weight, _), labels = problem()
+    weight = weight.detach()
+
+    def run(hidden: torch.Tensor) -> torch.Tensor:
+        return linear_cross_entropy(hidden * 2, weight, labels) / 3
+
+    found, wanted = (
+        torch.autograd.grad(f(hidden), hidden)[0]
+        for f in (torch.compile(run, fullgraph=True, backend="aot_eager"), run)
+    )
+    assert torch.equal(found, wanted)
+
+
+needs_library = pytest.mark.skipif(native.why_off() is not None, reason=str(native.why_off()))
+LEVELS = [name for name in native.LEVELS if native.LEVELS.index(name) <= native.LEVELS.index("avx512")]
+
+
+@needs_library
+@settings(max_examples=15, deadline=None)
+@given(
+    rows=st.integers(0, 5),
+    vocab=st.integers(1, 70),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    scale=st.sampled_from([1.0, 0.25, 3.0]),
+    softcap=st.sampled_from([None, 2.0, 30.0]),
+    gradient=st.booleans(),
+)
+@pytest.mark.parametrize("level", LEVELS)
+def test_compiled_equals_reference(
+    level: str, rows: int, vocab: int, dtype: torch.dtype, scale: float, softcap: float | None, gradient: bool
+) -> None:
+    generator = torch.Generator().manual_seed(rows * 100 + vocab)
+    z = (torch.randn(rows, vocab, generator=generator) * 6).to(dtype)
+    labels = torch.randint(0, vocab, (rows,), generator=generator)
+    # beyond the last row nothing may be written
+    room = torch.full((rows + 1, vocab), 7.0, dtype=dtype)
+    room[:rows] = z
+    with native.at_most(level):
+        loss = torch.ops.finetune.cross_entropy_(room[:rows], labels, scale, softcap, gradient)
+    exact = z.double().requires_grad_()
+    wanted = dense(exact, torch.eye(vocab, dtype=torch.float64), labels, None, scale, softcap)
+    wanted.backward()
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5, abs=1e-5)
+    assert (room[rows:] == 7).all()
+    epsilon = max(torch.finfo(dtype).eps / 2, 1e-6) * 1.01
+    right = exact.grad if gradient else z.double()
+    assert right is not None
+    torch.testing.assert_close(room[:rows].double(), right, rtol=epsilon, atol=2e-6 * scale)
+
+
+@needs_library
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_logit_that_is_not_finite_shows_in_the_loss(level: str, bad: float) -> None:
+    z = torch.randn(3, 40)
+    z[1, 7] = bad
+    with native.at_most(level):
+        loss = torch.ops.finetune.cross_entropy_(z, torch.tensor([1, 2, 3]), 1.0, None, True)
+    assert not loss.isfinite()
+
+
+@pytest.mark.parametrize("label", [-1, 211])
+def test_a_label_that_is_no_token_is_refused(label: int) -> None:
+    (hidden, weight, _), labels = problem()
+    labels[3] = label
+    with pytest.raises((IndexError, RuntimeError), match=r"expected 0 to 210|out of bounds"):
+        linear_cross_entropy(hidden, weight, labels)
