@@ -17,7 +17,7 @@ from torch import Tensor
 
 from finetune.kernels import dispatch
 from finetune.kernels.scratch import gradient_by_scratch, linear_by_scratch
-from finetune.kernels.triton_backend import BLOCK, EXACT, STEPS, flat_bytes, on, row_grid
+from finetune.kernels.triton_backend import EXACT, by_rows, flat_bytes, on
 from finetune.kernels.triton_product import fused_product
 
 FUSED_BITS = (4, 8)
@@ -87,10 +87,11 @@ def decode_into(out: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, 
         return
     width = out.shape[-1]
     group = width if group_size < 0 else group_size
+    rows = by_rows(out)
     with on(out):
-        _dequantize[row_grid(out)](
+        _dequantize[rows.grid](
             out, flat_bytes(codes), flat_bytes(scale), None if zero is None else flat_bytes(zero), width,
-            codes.shape[-1], scale.shape[-1], group, bits, kind_of(zero), BLOCK, STEPS, **EXACT,
+            codes.shape[-1], scale.shape[-1], group, bits, kind_of(zero), rows.block, rows.steps, **EXACT,
         )  # fmt: skip
 
 
@@ -115,20 +116,21 @@ def linear(x_BI: Tensor, bias_O: Tensor | None, *storage_and_width: Any) -> Tens
     in_features = x_BI.shape[-1]
     x_MI = x_BI.reshape(-1, in_features).contiguous()
     plan = None
-    if fusible(*storage, in_features) and len(x_MI):
+    if fusible(in_features, *storage) and len(x_MI):
         plan = dispatch.choose("affine", len(x_MI), out_features, in_features, x_MI.dtype, x_MI.device)
     if plan is None:
         return linear_by_scratch(x_BI, bias_O, (out_features, in_features), decode_into, storage)
-    return fused(x_MI, bias_O, *storage, plan).view(*x_BI.shape[:-1], out_features)
+    return fused(plan, x_MI, bias_O, *storage).view(*x_BI.shape[:-1], out_features)
 
 
-def fusible(codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int, in_features: int) -> bool:
+def fusible(in_features: int, codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int) -> bool:
     """Whether the fused kernel can read this: whole words, and no group ending within 32 columns."""
     aligned = codes.data_ptr() % 4 == 0 and in_features % 32 == 0
     return bits in FUSED_BITS and aligned and (group_size < 0 or group_size % 32 == 0)
 
 
 def fused(
+    plan: dispatch.Fused,
     x_MI: Tensor,
     bias_O: Tensor | None,
     codes: Tensor,
@@ -136,7 +138,6 @@ def fused(
     zero: Tensor | None,
     bits: int,
     group_size: int,
-    plan: dispatch.Fused,
 ) -> Tensor:
     """The product with the decoding inside, where `fusible`."""
     group = x_MI.shape[1] if group_size < 0 else group_size

@@ -14,7 +14,7 @@ import os
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,8 +25,6 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether kernels run in Triton's interpreter, where a product of bfloat16 is garbage: operands are upcast first."""
 EXACT = {"enable_fp_fusion": False}
 """Launch option: no fused multiply-add where separate roundings are promised bit for bit."""
-BLOCK, STEPS = 1024, 4
-"""Weights of a row that a program decodes at a time, eight a thread, and how many times."""
 
 
 def installed() -> bool:
@@ -57,7 +55,23 @@ def flat_bytes(tensor: Tensor) -> Tensor:
     return tensor.detach().reshape(-1).contiguous()
 
 
-def row_grid(out: Tensor) -> tuple[int, int]:
-    """Programs for a kernel that decodes row by row: rows, pieces of a row."""
+class Rows(NamedTuple):
+    """How a kernel that decodes row by row is launched.
+
+    Attributes:
+        grid: rows, pieces of a row.
+        block: weights that a program decodes at a time: eight a thread.
+        steps: how many times.
+    """
+
+    grid: tuple[int, int]
+    block: int
+    steps: int
+
+
+def by_rows(out: Tensor) -> Rows:
+    """One program a row, or several where it is long."""
     width = out.shape[-1]
-    return out.numel() // width, -(-width // (BLOCK * STEPS))
+    block = min(1024, 1 << (width - 1).bit_length())
+    steps = 4 if width >= 4 * block else 1
+    return Rows((out.numel() // width, -(-width // (block * steps))), block, steps)

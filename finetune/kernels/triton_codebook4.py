@@ -149,20 +149,20 @@ def linear(x_BI: Tensor, bias_O: Tensor | None, *storage_and_width: Any) -> Tens
     plan = dispatch.choose("codebook4", len(x_MI), out_features, in_features, x_MI.dtype, x_MI.device)
     if plan is None or not len(x_MI) or storage[0].data_ptr() % 4:
         return linear_by_scratch(x_BI, bias_O, (out_features, in_features), decode_into, storage)
-    return fused(x_MI, bias_O, *storage, out_features, plan).view(*x_BI.shape[:-1], out_features)
+    return fused(plan, x_MI, bias_O, out_features, *storage).view(*x_BI.shape[:-1], out_features)
 
 
 def fused(
+    plan: dispatch.Fused,
     x_MI: Tensor,
     bias_O: Tensor | None,
+    out_features: int,
     packed: Tensor,
     absmax: Tensor,
     nested_absmax: Tensor | None,
     offset: Tensor | None,
     codebook: str,
     block_size: int,
-    out_features: int,
-    plan: dispatch.Fused,
 ) -> Tensor:
     """The product with the decoding inside; in features a multiple of 32, the codes on a 4-byte address."""
     table, dynamic = books.table(codebook, x_MI.device), books.dynamic_map(x_MI.device)

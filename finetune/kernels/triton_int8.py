@@ -18,7 +18,7 @@ from torch import Tensor
 
 from finetune.kernels import dispatch, int8
 from finetune.kernels.scratch import gradient_by_scratch, linear_by_scratch
-from finetune.kernels.triton_backend import BLOCK, EXACT, STEPS, flat_bytes, on, row_grid
+from finetune.kernels.triton_backend import EXACT, by_rows, flat_bytes, on
 from finetune.kernels.triton_product import fused_product
 
 STEP = 1 / int8.LEVELS
@@ -49,9 +49,11 @@ def decode_into(out: Tensor, codes: Tensor, absmax: Tensor) -> None:
     """Decode into a contiguous tensor [.., O, I] of float32, bfloat16 or float16."""
     if not out.numel():
         return
-    width = out.shape[-1]
+    rows = by_rows(out)
     with on(out):
-        _dequantize[row_grid(out)](out, flat_bytes(codes), flat_bytes(absmax), width, STEP, BLOCK, STEPS, **EXACT)
+        _dequantize[rows.grid](
+            out, flat_bytes(codes), flat_bytes(absmax), out.shape[-1], STEP, rows.block, rows.steps, **EXACT
+        )
 
 
 def dequantize(codes: Tensor, absmax: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
@@ -69,10 +71,10 @@ def linear(x_BI: Tensor, bias_O: Tensor | None, codes: Tensor, absmax: Tensor, o
     plan = dispatch.choose("int8", len(x_MI), out_features, in_features, x_MI.dtype, x_MI.device)
     if plan is None or not len(x_MI) or codes.data_ptr() % 4:
         return linear_by_scratch(x_BI, bias_O, (out_features, in_features), decode_into, (codes, absmax))
-    return fused(x_MI, bias_O, codes, absmax, plan).view(*x_BI.shape[:-1], out_features)
+    return fused(plan, x_MI, bias_O, codes, absmax).view(*x_BI.shape[:-1], out_features)
 
 
-def fused(x_MI: Tensor, bias_O: Tensor | None, codes: Tensor, absmax: Tensor, plan: dispatch.Fused) -> Tensor:
+def fused(plan: dispatch.Fused, x_MI: Tensor, bias_O: Tensor | None, codes: Tensor, absmax: Tensor) -> Tensor:
     """The product with the decoding inside; in features a multiple of 32, the codes on a 4-byte address."""
     return fused_product(
         x_MI,

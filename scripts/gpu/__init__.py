@@ -1,0 +1,1 @@
+"""The parts of scripts/gpu_acceptance.py: checks, benchmarks, a training run, memory proofs."""
