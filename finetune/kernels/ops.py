@@ -2,11 +2,11 @@
 
 Shape suffixes: B any leading dimensions, O out features, I in features, N = O * I, G blocks, P packed bytes.
 
-`finetune::dequantize_4bit` decodes; `finetune::linear_4bit` multiplies by a decoded weight and
-`finetune::input_gradient_4bit` by its transpose. The reference below serves every device. A backend is one file that
-calls `torch.library.impl("finetune::dequantize_4bit", "cuda")(function)`, and likewise for the products where it can
-fuse: a kernel registered for a device goes before the reference. A backend that decodes only is used by the products as
-it is.
+`finetune::quantize_4bit` encodes and `finetune::dequantize_4bit` decodes; `finetune::linear_4bit` multiplies by a
+decoded weight and `finetune::input_gradient_4bit` by its transpose. The reference below serves every device. A backend
+is one file that calls `torch.library.impl("finetune::dequantize_4bit", "cuda")(function)`, and likewise for the
+products where it can fuse: a kernel registered for a device goes before the reference. A backend that decodes only is
+used by the products as it is.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.kernels import reference, triton_backend
+from finetune.kernels import cpu_codebook4, reference, triton_backend
 from finetune.kernels.operand import register_format
 
 _STORAGE = "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? offset, str codebook, int block_size"
@@ -25,6 +25,15 @@ _library = torch.library.Library("finetune", "FRAGMENT")
 _library.define(f"dequantize_4bit({_STORAGE}, SymInt[] shape, ScalarType dtype) -> Tensor")
 _library.define(f"linear_4bit(Tensor x, Tensor? bias, {_STORAGE}, SymInt out_features) -> Tensor")
 _library.define(f"input_gradient_4bit(Tensor grad, {_STORAGE}, SymInt in_features) -> Tensor")
+_library.define("quantize_4bit(Tensor weight, str codebook, int block_size) -> (Tensor, Tensor)")
+
+
+def quantize_4bit(weight: Tensor, codebook: str, block_size: int, double_quant: bool) -> reference.Packed4bit:
+    """Encode a weight of any shape and float dtype: `reference.quantize_4bit`, bit for bit, by the device's backend."""
+    codes_P1, absmax_G = torch.ops.finetune.quantize_4bit(weight.detach(), codebook, block_size)
+    if not double_quant:
+        return reference.Packed4bit(codes_P1, absmax_G)
+    return reference.Packed4bit(codes_P1, *reference.nest_absmax(absmax_G))
 
 
 def dequantize_4bit(
@@ -81,6 +90,12 @@ def linear_4bit(
     )
 
 
+@torch.library.impl("finetune::quantize_4bit", "default")
+def _quantize(weight: Tensor, codebook: str, block_size: int) -> tuple[Tensor, Tensor]:
+    packed = reference.quantize_4bit(weight, codebook, block_size, False)
+    return packed.codes_P1, packed.absmax_G
+
+
 @torch.library.impl("finetune::dequantize_4bit", "default")
 def _dequantize(
     packed: Tensor,
@@ -111,6 +126,13 @@ def _input_gradient(grad: Tensor, *storage_and_width: Any) -> Tensor:
     weight_OI = torch.ops.finetune.dequantize_4bit(*storage, [grad.shape[-1], in_features], grad.dtype)
     with torch.autocast(grad.device.type, enabled=False):
         return grad @ weight_OI
+
+
+@torch.library.register_fake("finetune::quantize_4bit")
+def _quantize_fake(weight: Tensor, codebook: str, block_size: int) -> tuple[Tensor, Tensor]:
+    count = weight.numel()
+    codes_P1 = weight.new_empty([(count + 1) // 2, 1], dtype=torch.uint8)
+    return codes_P1, weight.new_empty([-(-count // block_size)], dtype=torch.float32)
 
 
 @torch.library.register_fake("finetune::dequantize_4bit")
@@ -179,3 +201,4 @@ def _operand_gradient(grad_BO: Tensor, tensors: list[Tensor], settings: list[str
 register_format("codebook4", _operand_linear, _operand_gradient)
 for _operator in ("dequantize", "linear", "input_gradient"):
     triton_backend.register(f"{_operator}_4bit", "triton_codebook4", _operator)
+cpu_codebook4.register()

@@ -12,6 +12,7 @@ the offset, a mean over all blocks, carries this to the whole tensor. Callers th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -45,12 +46,22 @@ class Packed4bit(NamedTuple):
     offset: Tensor | None = None
 
 
-def quantize_4bit(weight: Tensor, codebook: str, block_size: int, double_quant: bool) -> Packed4bit:
+Encode = Callable[[Tensor, str, int, Tensor, Tensor], None]
+"""`encode(flat_N, codebook, block_size, codes_P, absmax_G)`: encodes into the last two, in place."""
+
+
+def quantize_4bit(
+    weight: Tensor, codebook: str, block_size: int, double_quant: bool, encode: Encode | None = None
+) -> Packed4bit:
     """Encode a weight of any shape and float dtype, blocks over its row-major flattening.
 
     `u = clamp(w * (1 / max|w|), -1, 1)`, code = the nearest table entry, a tie to the lower one. The last short block
     divides by its absmax instead, which is what bitsandbytes does.
+
+    Args:
+        encode: what encodes a flat weight, with the bits of `encode_4bit`, which is the default.
     """
+    encode = encode or encode_4bit
     weight = weight.detach()
     count = weight.numel()
     codes_P1 = torch.empty((count + 1) // 2, 1, dtype=torch.uint8, device=weight.device)
@@ -59,9 +70,7 @@ def quantize_4bit(weight: Tensor, codebook: str, block_size: int, double_quant: 
     whole = weight.is_contiguous() or weight.dim() < 3 or weight[0].numel() % block_size != 0
     start = 0
     for part in [weight] if whole else weight:
-        encode_4bit(
-            part.reshape(-1), codebook, block_size, codes_P1.view(-1)[start // 2 :], absmax_G[start // block_size :]
-        )
+        encode(part.reshape(-1), codebook, block_size, codes_P1.view(-1)[start // 2 :], absmax_G[start // block_size :])
         start += part.numel()
     if not double_quant:
         return Packed4bit(codes_P1, absmax_G)

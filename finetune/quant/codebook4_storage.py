@@ -86,7 +86,7 @@ class Codebook4(PackedWeight):
         return reference.Packed4bit(self.weight, self.absmax, self.nested_absmax, self.nested_offset)
 
     def encode(self, weight: Tensor) -> reference.Packed4bit:
-        packed = reference.quantize_4bit(weight, self.codebook, self.block_size, self.double_quant)
+        packed = ops.quantize_4bit(weight, self.codebook, self.block_size, self.double_quant)
         scale = packed.absmax_G if packed.offset is None else packed.offset
         if not scale.isfinite().all():
             raise self._not_finite()
