@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import os
+
 from finetune.config import RunConfig
 from finetune.device import check_device
 from finetune.errors import ConfigError
 
 
-def check_early(config: RunConfig) -> None:
-    """Everything that can be said against a configuration before a model is loaded.
+def check(config: RunConfig) -> None:
+    """Everything that can be said against a configuration before the weights of a model are loaded.
+
+    Raises:
+        UserError: for the first thing that cannot work.
+    """
+    check_files(config)
+    if config.resume is None and config.adapter.path is None:  # a saved adapter's shape is checked when it is read
+        check_fit(config)
+
+
+def check_files(config: RunConfig) -> None:
+    """What names, files and their headers say, without transformers.
 
     Raises:
         UserError: for the first thing that cannot work.
@@ -17,11 +30,16 @@ def check_early(config: RunConfig) -> None:
     from finetune.data.sources import check_sources
     from finetune.export.formats import chosen
     from finetune.model.load import check_path, context_length
+    from finetune.training.run_directory import check_output
 
     chosen(config.export.formats)
     check_device(config.device)
-    check_path(config.model)
+    if config.output_dir is not None and os.environ.get("RANK", "0") == "0":  # the others follow rank 0 into it
+        check_output(config.output_dir)
+    headers = check_path(config.model)
     check_adapter(config.adapter)
+    if config.adapter.path is None:
+        config.adapter.check_stored({t.name: t.shape for header in headers for t in header.tensors})
     check_sources(config.data)
     if config.data.max_length is not None:
         context = context_length(config.model)
@@ -42,6 +60,5 @@ def check_fit(config: RunConfig) -> None:
     from finetune.adapters.attach import attach
     from finetune.model.load import skeleton
 
-    if config.adapter.path is None:  # a saved adapter decides its own shape; it is checked when it is read
-        with torch.device("meta"):
-            attach(skeleton(config.model), config.adapter)
+    with torch.device("meta"):
+        attach(skeleton(config.model), config.adapter)

@@ -34,9 +34,14 @@ class Job:
 
 @dataclass
 class Jobs:
-    """Jobs of this process, in order. Hydra's own entry returns nothing, so the outcomes are kept here."""
+    """Jobs of this process, in order. Hydra's own entry returns nothing, so the outcomes are kept here.
+
+    Attributes:
+        checked: whether the only job was checked before Hydra started it.
+    """
 
     done: list[Job] = field(default_factory=list)
+    checked: bool = False
 
 
 JOBS = Jobs()
@@ -98,49 +103,94 @@ def launch(entry: Callable[[], None], config_dir: Path) -> None:
 
 
 def _launch(entry: Callable[[], None], config_dir: Path, arguments: list[str]) -> int:
+    from finetune.startup import importing
+
+    with importing():
+        code, multirun = _before(config_dir.resolve(), arguments)
+    if code is not None:
+        return code
+    # Hydra's launchers read the command line again; a job that fails is recorded in JOBS and never raises into them.
+    entry()
+    if multirun and JOBS.done and os.environ.get("RANK", "0") == "0":
+        print(sweep_table(JOBS.done))
+    codes = [job.exit_code for job in JOBS.done]
+    return next((code for code in codes if code), 0)
+
+
+def _before(config_dir: Path, arguments: list[str]) -> tuple[int | None, bool]:
+    """What can be done before Hydra takes over, which takes its time: help, and every complaint about a single job.
+
+    Returns:
+        The exit code where everything is done already, else None; and whether there are several jobs.
+    """
     from hydra._internal.utils import get_args_parser
 
-    from finetune.compose import compose_config, expand, prepare_hydra
+    from finetune.compose import compose_config, expand, help_text, prepare_hydra
     from finetune.processes import asked_for, start
 
     prepare_hydra()
     parsed = get_args_parser().parse_args(arguments)
-    asks_only = parsed.help or parsed.hydra_help or parsed.cfg or parsed.info or parsed.shell_completion
     extra = [parsed.config_dir] if parsed.config_dir else []
-    if not asks_only or parsed.cfg:
-        jobs = expand(parsed.overrides) if parsed.multirun else [parsed.overrides]
-        for overrides in jobs:
-            compose_config(overrides, config_dir.resolve(), extra)
+    if parsed.help:
+        print(help_text(parsed.overrides, config_dir, extra))
+        return 0, False
+    asks_only = parsed.hydra_help or parsed.cfg or parsed.info or parsed.shell_completion
+    if asks_only and not parsed.cfg:
+        return None, False
+    jobs = expand(parsed.overrides) if parsed.multirun else [parsed.overrides]
+    trees = [compose_config(overrides, config_dir, extra) for overrides in jobs]
+    if not (asks_only or parsed.multirun):  # a failed job of a sweep does not stop the rest: each checks itself
+        _check_now(trees[0], parsed.overrides)
     count = 1 if asks_only else asked_for()
-    if count > 1:
-        return start(count)
-    # Hydra's launchers read the command line again; a job that fails is recorded in JOBS and never raises into them.
-    entry()
-    if parsed.multirun and JOBS.done and os.environ.get("RANK", "0") == "0":
-        print(sweep_table(JOBS.done))
-    codes = [job.exit_code for job in JOBS.done]
-    return next((code for code in codes if code), 0)
+    return (start(count) if count > 1 else None), bool(parsed.multirun)
+
+
+def _check_now(tree: DictConfig, overrides: list[str]) -> None:
+    """Check a single job before Hydra starts it, where its configuration is known by then."""
+    from finetune.checks import check
+    from finetune.compose import names_the_job
+    from finetune.config import to_run_config
+
+    if not names_the_job(tree):
+        check(to_run_config(_restored(tree, _own(overrides))))
+        JOBS.checked = True
+
+
+def _own(overrides: list[str]) -> list[str]:
+    """The overrides that are ours, not Hydra's."""
+    return [override for override in overrides if not override.startswith("hydra")]
+
+
+def _restored(config: DictConfig, overrides: list[str]) -> DictConfig:
+    """The configuration of the run to go on with, where `resume` names one."""
+    from finetune.config import load_config, resumed
+
+    if not config.resume:
+        return config
+    return resumed(load_config(Path(config.resume) / "config.yaml"), config, overrides, config.resume)
 
 
 def run(config: DictConfig) -> float | None:
     """One job: what Hydra calls with the composed configuration. Returns the best held-out loss, for sweepers."""
     from hydra.core.hydra_config import HydraConfig
 
-    overrides = list(HydraConfig.get().overrides.task)
-    job = Job([override for override in overrides if not override.startswith("hydra")])
+    job = Job(_own(list(HydraConfig.get().overrides.task)))
     JOBS.done.append(job)
     job.exit_code = guarded(lambda: _run(config, job))
     return job.eval_loss
 
 
 def _run(config: DictConfig, job: Job) -> int:
-    from finetune.config import load_config, resumed, to_run_config
+    from finetune.checks import check
+    from finetune.config import to_run_config
     from finetune.pipeline import run_job
 
-    if config.resume:
-        config = resumed(load_config(Path(config.resume) / "config.yaml"), config, job.overrides, config.resume)
     try:
-        outcome = run_job(to_run_config(config), config, job.overrides)
+        tree = _restored(config, job.overrides)
+        run_config = to_run_config(tree)
+        if not JOBS.checked:
+            check(run_config)
+        outcome = run_job(run_config, tree, job.overrides)
     except UserError as error:
         job.message = str(error)
         raise

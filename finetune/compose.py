@@ -110,10 +110,41 @@ def compose_config(overrides: list[str], config_dir: Path, extra_dirs: list[str]
     strays = stray_keys(config)
     if strays:
         raise ConfigError("; ".join(strays))
-    if "${hydra:" not in OmegaConf.to_yaml(config):
-        # What names the job (output_dir=x-${hydra:job.num}) has no value before Hydra starts it; the job itself checks.
+    if not names_the_job(config):
         to_run_config(config)
     return config
+
+
+def names_the_job(config: DictConfig) -> bool:
+    """Whether a value has none before Hydra starts the job (output_dir=x-${hydra:job.num}); the job itself checks."""
+    return "${hydra:" in OmegaConf.to_yaml(config)
+
+
+def help_text(overrides: list[str], config_dir: Path, extra_dirs: list[str]) -> str:
+    """What `--help` says: the choices of each group, and every key with the value it has with these overrides.
+
+    Hydra's own help reads its whole repository anew for each of its groups, which takes a second, and lists schemas.
+
+    Raises:
+        ConfigError: as `compose_config`.
+    """
+    tree = compose_config(overrides, config_dir, extra_dirs)
+    groups = group_choices([config_dir, Path.cwd() / "conf", *map(Path, extra_dirs)])
+    choices = [
+        f"  {'+' if group == 'experiment' else ''}{group}={' | '.join(groups[group])}" for group in sorted(groups)
+    ]
+    lines = [
+        "usage: python train.py [GROUP=CHOICE ...] [KEY=VALUE ...]      (installed: finetune train ...)",
+        "",
+        "Choices:",
+        *choices,
+        "",
+        f"Keys and their values now (the comments in {config_dir} say what each means):",
+        *(f"  {line}" for line in OmegaConf.to_yaml(tree).splitlines()),
+        "",
+        "KEY=A,B --multirun runs every combination; --config-dir DIR adds choices of your own; --hydra-help says more.",
+    ]
+    return "\n".join(lines)
 
 
 def group_choices(directories: list[Path]) -> dict[str, list[str]]:

@@ -9,7 +9,6 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from finetune.checks import check_early, check_fit
 from finetune.config import RunConfig, save_config
 from finetune.device import make_accelerator, resolve_dtype, torch_dtype
 from finetune.errors import ProofError
@@ -29,7 +28,7 @@ def run_job(config: RunConfig, tree: DictConfig, overrides: list[str]) -> Outcom
     """Train, save, export, prove and report.
 
     Args:
-        config: the whole configuration.
+        config: the whole configuration, checked (checks.py).
         tree: the same as OmegaConf, saved as config.yaml.
         overrides: the command line's own.
 
@@ -38,9 +37,6 @@ def run_job(config: RunConfig, tree: DictConfig, overrides: list[str]) -> Outcom
     """
     from finetune.training.run_directory import RunDirectory, shared_run
 
-    check_early(config)
-    if config.resume is None:
-        check_fit(config)
     accelerator = make_accelerator(config.device)
 
     def open_run() -> RunDirectory:

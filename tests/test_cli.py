@@ -26,6 +26,9 @@ def command(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[st
         ["export.formats=[safetensor]"],
         ["resume=runs/nowhere"],
         ["adapter.path=nowhere"],
+        ["adapter.rank=100000"],
+        ["adapter.targets=[nope]"],
+        ["data.max_length=100000"],
     ],
     ids=lambda a: a[0],
 )
@@ -36,9 +39,32 @@ def test_a_mistake_is_one_line_and_exit_2(arguments: list[str]) -> None:
     assert "Traceback" not in done.stderr + done.stdout
 
 
-def test_help_shows_the_tree() -> None:
-    done = command("train.py", "--help")
-    assert done.returncode == 0 and "block_size" in done.stdout
+def test_help_shows_choices_and_values() -> None:
+    done = command("train.py", "adapter.rank=5", "--help")
+    assert done.returncode == 0, done.stderr
+    for line in ("adapter=lora", "+experiment=qlora_33b | smoke", "    block_size: 64", "    rank: 5"):
+        assert line in done.stdout, line
+    assert "schema" not in done.stdout
+
+
+def test_help_names_a_mistake_beside_it() -> None:
+    done = command("train.py", "adapter.rnak=5", "--help")
+    assert done.returncode == 2 and "did you mean 'rank'" in done.stderr
+
+
+def test_what_is_known_at_once_is_said_before_hydra_or_a_model_library_starts() -> None:
+    """Each of these takes seconds to import or start."""
+    code = (
+        "import sys; from pathlib import Path; import finetune.cli as cli\n"
+        "def entry(): raise AssertionError('Hydra was started')\n"
+        "sys.argv = ['train.py', 'adapter.rank=100000']\n"
+        "try: cli.launch(entry, Path('conf'))\nexcept SystemExit as stop: assert stop.code == 2, stop\n"
+        "heavy = {'transformers', 'accelerate', 'datasets', 'bitsandbytes', 'wandb', 'peft'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = command("-c", code)
+    assert done.returncode == 0, done.stderr
+    assert "adapter.rank is 100000" in done.stderr
 
 
 def test_verbs() -> None:

@@ -25,7 +25,7 @@ FLOORS = [
     {"structure", "kernels"},
     {"registry"},
     {"device"},
-    {"errors", "assets", "atomic"},
+    {"errors", "assets", "atomic", "startup"},
 ]
 
 

@@ -6,7 +6,7 @@ An adapter *attaches* to a loaded model and is from then on the only thing in it
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +54,19 @@ class AdapterConfig:
 
         Raises:
             UserError: when it cannot be read, is of another method or contradicts these settings.
+        """
+
+    def check_stored(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """What the method can say for certain against its settings by the base's checkpoint alone; most say nothing.
+
+        What a checkpoint holds is not what the model will have: tensors may be packed, stacked or joined while they
+        are read. The last word is `check`'s, on a model without weights; this one is there to be early.
+
+        Args:
+            shapes: of the stored tensors, by name.
+
+        Raises:
+            UserError: when no model that reads such tensors can be adapted this way.
         """
 
 

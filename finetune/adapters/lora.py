@@ -8,6 +8,7 @@ the adapted model starts as the base.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,9 @@ from finetune.adapters.weight import WeightAdapter, WeightConfig, choose
 from finetune.errors import ConfigError, ModelError
 from finetune.quant.base import FrozenExperts, FrozenLinear
 from finetune.structure import Projection, Structure, inspect
+
+NUMBERED = re.compile(r"\.\d+\.")
+"""What is stored for one of several blocks has a number in its name."""
 
 
 @dataclass
@@ -66,6 +70,19 @@ class LoRAConfig(WeightConfig):
                 raise ConfigError(
                     f"adapter.{key} is {mine}, but the adapter {directory} has {theirs}: leave adapter.{key} out"
                 )
+
+    def check_stored(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Refuse a rank above every side of every matrix that is stored for the blocks.
+
+        Packing makes sides longer, joining makes one of two longer: the shorter side of a projection is never above
+        the longest one stored.
+        """
+        sides = [max(shape) for name, shape in shapes.items() if len(shape) > 1 and NUMBERED.search(name)]
+        if sides and self.rank > max(sides):
+            raise ConfigError(
+                f"adapter.rank is {self.rank}, but the blocks of the model have no matrix with a side above"
+                f" {max(sides)}: expected less"
+            )
 
 
 @dataclass(frozen=True)

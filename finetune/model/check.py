@@ -28,15 +28,17 @@ TOKENIZERS = (
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
-def check_path(model: ModelConfig) -> None:
+def check_path(model: ModelConfig) -> list[Header]:
     """Judge the base a configuration names: a directory by its files, a hub id by its form.
+
+    Returns:
+        The judged headers of the shards that hold the model; none for a hub id.
 
     Raises:
         ModelError: one line that names the file and what is wrong with it.
     """
     directory = local_directory(model)
-    if directory is not None:
-        check_directory(directory)
+    return [] if directory is None else check_directory(directory)
 
 
 def local_directory(model: ModelConfig) -> Path | None:

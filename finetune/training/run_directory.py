@@ -64,10 +64,7 @@ class RunDirectory:
         path = Path(output_dir) if output_dir else _fresh(Path(root) / name)
         lock = _acquire(path)
         try:
-            if (path / RECORD).exists():
-                raise RunError(
-                    f"output_dir={path} holds another run: choose another, or continue that one with resume={path}"
-                )
+            _refuse_another(path)
             clean_leftovers(path)
             record = {
                 "format_version": FORMAT_VERSION,
@@ -315,6 +312,29 @@ def _fresh(parent: Path) -> Path:
             raise RunError(f"{path} cannot be created: {error.strerror}; set output_dir=") from None
         return path
     raise RunError(f"{parent} holds a thousand runs of {stamp}: set output_dir=")
+
+
+def check_output(output_dir: str | Path) -> None:
+    """What can be said against an `output_dir` before minutes go into a run; `RunDirectory.create` has the last word.
+
+    Raises:
+        RunError: when the directory holds another run, is in use, or cannot be written.
+    """
+    path = Path(output_dir)
+    if (path / RECORD).exists():
+        with _acquire(path):
+            _refuse_another(path)
+    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise RunError(
+            f"output_dir={path} is not writable: {there} is {'closed to us' if there.is_dir() else 'a file'}"
+        )
+
+
+def _refuse_another(path: Path) -> None:
+    """A directory that holds a run is not written over."""
+    if (path / RECORD).exists():
+        raise RunError(f"output_dir={path} holds another run: choose another, or continue that one with resume={path}")
 
 
 def _acquire(path: Path) -> FileLock:

@@ -242,6 +242,25 @@ def test_settings_that_do_not_fit_the_model(settings: dict, message: str) -> Non
     assert list(model.state_dict()) == before
 
 
+@pytest.mark.parametrize("family", [*FAMILIES, "gpt_oss"])
+@pytest.mark.parametrize("quant", QUANTS)
+def test_a_checkpoint_alone_never_refuses_a_rank_that_the_model_takes(family: str, quant: str) -> None:
+    """By what is stored for one: dense or packed names and shapes, experts apart or stacked."""
+    model = make(family)
+    most = min(min(p.in_features, p.out_features) for p in inspect(model).projections)
+    if quant != "dense":
+        freeze(model, QUANTS[quant](), inspect(model))
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if quant == "dense":
+        # As published: one file a matrix, whatever the model makes of them.
+        shapes |= {f"{n}.{e}": s[1:] for n, s in shapes.items() if len(s) == 3 for e in range(s[0])}
+        shapes = {name: shape for name, shape in shapes.items() if len(shape) < 3}
+    LoRAConfig(rank=most).check_stored(shapes)
+    with pytest.raises(ConfigError, match=r"adapter\.rank is 100000.*no matrix with a side above"):
+        LoRAConfig(rank=100000).check_stored(shapes)
+    LoRAConfig(rank=100000).check_stored({"wte.weight": (8, 8)})
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

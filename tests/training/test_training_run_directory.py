@@ -16,7 +16,14 @@ import training_setup as setup
 
 from finetune.errors import RunError
 from finetune.training import run_directory
-from finetune.training.run_directory import RunDirectory, read_metrics, read_record, require_space, shared_run
+from finetune.training.run_directory import (
+    RunDirectory,
+    check_output,
+    read_metrics,
+    read_record,
+    require_space,
+    shared_run,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -50,6 +57,24 @@ run = RunDirectory.create("a", {str(tmp_path / "run")!r}); print("held", flush=T
     process.wait()
     run = RunDirectory.resume(tmp_path / "run")
     assert run.resumed and run.record["status"] == "running"
+
+
+def test_what_can_be_said_early_is_what_creating_says(tmp_path: Path) -> None:
+    """`check_output` makes nothing, and agrees with `create` on what cannot work."""
+    (tmp_path / "file").write_text("in the way")
+    run = RunDirectory.create("a", tmp_path / "run")
+    for path, words in ((run.path, "is in use by another run"), (tmp_path / "file" / "run", "is not writable")):
+        for complain in (lambda path=path: check_output(path), lambda path=path: RunDirectory.create("a", path)):
+            with pytest.raises(RunError, match=words):
+                complain()
+    run.close()
+    with pytest.raises(RunError, match=rf"holds another run: .* resume={run.path}"):
+        check_output(run.path)
+    RunDirectory.resume(run.path).close()
+    before = sorted(tmp_path.rglob("*"))
+    check_output(tmp_path / "new" / "run")
+    check_output(tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_not_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
