@@ -100,7 +100,7 @@ def load(model: ModelConfig, quant: QuantConfig, dtype: torch.dtype, device: str
             "quantization": digest.json_digest(asdict(loading.quant)),
         }
     quantization_config = loading.told()
-    notes = list(loading.notes)
+    notes = [*loading.notes, *_fuse(loaded, model)]
     if quantization_config is not None:
         notes += storage_notes(loaded, DENSE_SHARE)
     surplus = len(tokenizer) - loaded.get_input_embeddings().weight.shape[0]
@@ -111,6 +111,15 @@ def load(model: ModelConfig, quant: QuantConfig, dtype: torch.dtype, device: str
     base_path = model.path if local is None else str(local.resolve())
     loaded.config._name_or_path = base_path  # what PEFT's adapter_config.json will name, not a path in the hub's cache
     return Loaded(loaded, tokenizer, digests, base_path, quantization_config, notes, loading.quant)
+
+
+def _fuse(loaded: nn.Module, model: ModelConfig) -> list[str]:
+    """Exchange modules for fused ones where that is wanted; what the user should know of it."""
+    if model.fused == "off":
+        return []
+    from finetune.model.exchange import exchange, notes
+
+    return notes(exchange(loaded))
 
 
 def resolve(model: ModelConfig) -> str:

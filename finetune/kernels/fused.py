@@ -1,0 +1,11 @@
+"""The operators between the products, with every backend that this machine has."""
+
+from finetune.kernels import cpu_fused  # registers the compiled kernels
+from finetune.kernels.activation import ACTIVATIONS, act_mul
+from finetune.kernels.attention import attention
+from finetune.kernels.norm import rms_norm
+from finetune.kernels.rope import rope
+
+serves_attention = cpu_fused.serves_attention
+
+__all__ = ["ACTIVATIONS", "act_mul", "attention", "rms_norm", "rope", "serves_attention"]
