@@ -7,7 +7,7 @@ At the start that cast gives back the stored bits. PEFT calls the same thing `mo
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,22 +28,27 @@ class FullCopy(nn.Module):
     Args:
         base: the frozen module; a quantized linear layer is decoded into a plain one.
         dtype: of the trained parameters.
+        leaves: names of the parameters that train; None for all of them.
     """
 
     base: nn.Module
     trained: nn.Module
 
-    def __init__(self, base: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, base: nn.Module, dtype: torch.dtype, leaves: Collection[str] | None = None) -> None:
         super().__init__()
         self.base, self.trained = base, dense_copy(base)
-        for parameter in self.trained.parameters():
-            if parameter.is_floating_point():
+        for name, parameter in self.trained.named_parameters():
+            if parameter.is_floating_point() and (leaves is None or name in leaves):
                 parameter.data = parameter.data.to(dtype)
                 parameter.requires_grad_(True)
         stored = [p.dtype for p in base.parameters() if p.is_floating_point()]
         # What is decoded computes in the dtype of its input, like the frozen layer it stands for.
         self.dtype = None if isinstance(base, FrozenWeight) or not stored else stored[0]
         self.enabled = True
+
+    def trains(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters that train, by their name in the module."""
+        return ((name, p) for name, p in self.trained.named_parameters() if p.requires_grad)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module with the trained weights, or the stored one while disabled."""

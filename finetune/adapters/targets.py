@@ -11,17 +11,21 @@ from finetune.structure import Projection
 ALL_LINEAR = "all-linear"
 
 
-def check_targets(targets: object) -> None:
+def check_targets(targets: object, words: Sequence[str] = (ALL_LINEAR,)) -> None:
     """Refuse what `adapter.targets` cannot be, before any model is loaded.
 
+    Args:
+        words: what it may be besides a list.
+
     Raises:
-        ConfigError: unless it is `all-linear` or a list of at least one pattern.
+        ConfigError: unless it is one of the words or a list of at least one pattern.
     """
-    if targets == ALL_LINEAR:
+    if targets in words:
         return
     if isinstance(targets, str) or not isinstance(targets, Sequence):
         hint = f"; did you mean [{targets}]?" if isinstance(targets, str) else ""
-        raise ConfigError(f"adapter.targets is {targets!r}: expected {ALL_LINEAR} or a list of names or globs{hint}")
+        expected = ", ".join(words)
+        raise ConfigError(f"adapter.targets is {targets!r}: expected {expected} or a list of names or globs{hint}")
     if not targets or not all(isinstance(pattern, str) and pattern for pattern in targets):
         raise ConfigError(
             f"adapter.targets is {list(targets)!r}: expected at least one name or glob, e.g. [q_proj, v_proj]"

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -39,12 +39,15 @@ class WeightConfig(AdapterConfig):
             names it.
     """
 
+    target_words: ClassVar[tuple[str, ...]] = (ALL_LINEAR,)
+    """What `targets` may be besides a list."""
+
     # OmegaConf has no type for "a string or a list of strings".
     targets: Any = ALL_LINEAR
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_targets(self.targets)
+        check_targets(self.targets, self.target_words)
 
 
 class AdaptedWeight(nn.Module, ABC):
@@ -67,6 +70,13 @@ class AdaptedWeight(nn.Module, ABC):
     @abstractmethod
     def merge(self, weight: Tensor) -> Tensor:
         """The weight (float32, as `base.dequantize` lays it out: w_OI, or a stack) with what was trained folded in."""
+
+    def merged(self) -> Iterator[tuple[str, Tensor]]:
+        """What training has changed of the base, by its name there, merged: the weight and, for some methods, the bias.
+
+        In float32; the weight as `merge` gives it.
+        """
+        yield "weight", self.merge(self.dequantize(torch.float32))
 
 
 class AdaptedLinear(AdaptedWeight):
@@ -135,12 +145,14 @@ class WeightAdapter(Adapter):
             raise ConfigError(
                 f"adapter.train_also and adapter.targets both name {both[0]}: leave it out of one of them"
             )
+        parts = {name: leaves for name, leaves in self.select().items() if name not in whole}
         self.check()
         self.names = tuple(name for name, _ in model.named_modules())
         freeze_dense(model, self.structure, self.projections)
         model.requires_grad_(False)
         dtype = DTYPES[config.dtype]
         self.copies = build_copies(model, self.structure, whole, dtype)
+        self.copies |= {n: FullCopy(model.get_submodule(n), dtype, leaves) for n, leaves in parts.items()}
         self.adapted = {p.name: self._wrapped(p, dtype) for p in self.projections}
         self._bases = {name: model.get_submodule(name) for name in (*self.adapted, *self.copies)}
         _place(model, {**self.adapted, **self.copies})
@@ -156,6 +168,10 @@ class WeightAdapter(Adapter):
             f"adapter={self.config.name} cannot adapt stacked experts such as {projection.name}:"
             f" leave them out of adapter.targets"
         )
+
+    def select(self) -> dict[str, tuple[str, ...]]:
+        """Further modules that train, by name, each with those of its own parameters that do; see select.py."""
+        return {}
 
     def check(self) -> None:
         """Refuse settings that the chosen projections do not allow, before the model is touched."""
@@ -212,14 +228,14 @@ class WeightAdapter(Adapter):
     def merged(self) -> Iterator[tuple[str, Tensor]]:
         """Base names and merged weights in float32, decoded from what is stored, one at a time."""
         for projection in self.projections:
-            module = self.adapted[projection.name]
-            weight = module.merge(module.dequantize(torch.float32))
-            if projection.kind == "experts":
-                yield projection.name, weight
-            else:
-                yield f"{projection.name}.weight", weight.T.contiguous() if projection.transposed else weight
+            for leaf, tensor in self.adapted[projection.name].merged():
+                if projection.kind == "experts":
+                    yield projection.name, tensor
+                else:
+                    turned = projection.transposed and leaf == "weight"
+                    yield f"{projection.name}.{leaf}", tensor.T.contiguous() if turned else tensor
         for name, whole in self.copies.items():
-            for leaf, parameter in whole.trained.named_parameters():
+            for leaf, parameter in whole.trains():
                 yield f"{name}.{leaf}", parameter.detach().to(torch.float32, copy=True)
 
     def file_keys(self) -> dict[str, nn.Parameter]:
@@ -235,7 +251,7 @@ class WeightAdapter(Adapter):
         return {
             f"{peft_format.PREFIX}{name}.{leaf}": parameter
             for name, module in self.copies.items()
-            for leaf, parameter in module.trained.named_parameters()
+            for leaf, parameter in module.trains()
         }
 
     def file_config(self) -> dict[str, Any]:

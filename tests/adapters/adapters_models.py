@@ -1,4 +1,4 @@
-"""Tiny models of three families that differ where adapters care: grouped queries, Conv1D with ties, stacked experts."""
+"""Tiny models that differ where adapters care: grouped queries, Conv1D with ties, biases, stacked experts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from finetune.structure import inspect
 
 torch.set_num_threads(1)
 VOCABULARY = 96
-FAMILIES = ("llama", "gpt2", "mixtral")
+FAMILIES = ("llama", "gpt2", "opt", "mixtral")
 QUANTS = {"dense": DenseConfig, "nf4": NF4Config}
 
 COMMON = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -35,7 +35,12 @@ def make(family: str, **settings: object) -> nn.Module:
     if family == "llama":
         config = transformers.LlamaConfig(**COMMON, **DECODER, **settings)
     elif family == "gpt2":
-        config = transformers.GPT2Config(**COMMON, n_embd=64, n_layer=2, n_head=4, n_positions=128, **settings)
+        config = transformers.GPT2Config(**COMMON, n_embd=64, n_layer=2, n_head=4, n_positions=128, resid_pdrop=0.0,
+                                         embd_pdrop=0.0, attn_pdrop=0.0, **settings)  # fmt: skip
+    elif family == "opt":
+        config = transformers.OPTConfig(**COMMON, hidden_size=64, word_embed_proj_dim=64, ffn_dim=96,
+                                        num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128,
+                                        dropout=0.0, **settings)  # fmt: skip
     elif family == "gpt_oss":
         config = transformers.GptOssConfig(**COMMON, **DECODER, head_dim=16, num_local_experts=4,
                                            num_experts_per_tok=2, **settings)  # fmt: skip

@@ -12,9 +12,18 @@ from finetune.adapters.attach import attach
 from finetune.adapters.base import ADAPTERS, Adapter
 from finetune.errors import ModelError
 
+METHODS = tuple(ADAPTERS.types())
+
+
+def case(method: str, quant: str, family: str):
+    """Every pair of method, format and family is in `make test`, every combination in `make test-all`."""
+    paired = (METHODS.index(method) + FAMILIES.index(family) + list(QUANTS).index(quant)) % 2 == 0
+    return pytest.param(method, quant, family, marks=() if paired else pytest.mark.slow)
+
+
 cases = pytest.mark.parametrize(
     ("method", "quant", "family"),
-    [(method, quant, family) for method in ADAPTERS.types() for quant in QUANTS for family in FAMILIES],
+    [case(method, quant, family) for method in METHODS for quant in QUANTS for family in FAMILIES],
 )
 
 

@@ -1,0 +1,193 @@
+"""What each projection of a block is for, found by following the activations through the model.
+
+A twin of the model without weights (on the meta device) runs once over a few tokens. Every projection's output, and the
+embeddings', begins anew in the autograd graph, so that what a tensor was computed from is what its graph ends in:
+
+- What is multiplied *from the right* in a product of two activations is a key or a value: attention is the only such
+  product in a transformer (scores = q k^T, then weights v), whatever the projections are called, fused or not.
+- A projection that does not read the residual stream (which everywhere contains the embeddings) ends a branch:
+  an attention output where it reads keys or values, else a feed-forward output.
+
+No table of families and no names. A model that this does not understand (no attention of this kind, a forward that
+cannot run without values) is reported as such. For (IA)^3 and bottleneck adapters.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from finetune.structure.base import Structure
+from finetune.structure.inspect import inspect
+
+STREAM = "the residual stream"
+TOKENS = 4
+PRODUCTS: dict[Callable[..., Any], tuple[tuple[int, str], ...]] = {
+    torch.matmul: ((1, "other"),),
+    Tensor.matmul: ((1, "other"),),
+    Tensor.__matmul__: ((1, "other"),),
+    torch.bmm: ((1, "mat2"),),
+    Tensor.bmm: ((1, "mat2"),),
+    torch.baddbmm: ((2, "batch2"),),
+    Tensor.baddbmm: ((2, "batch2"),),
+    F.scaled_dot_product_attention: ((1, "key"), (2, "value")),
+}
+"""Products of two activations, with the place and name of the arguments that are multiplied from the right."""
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Names of projections by what they are for, in module order; a projection with no part in it is in none.
+
+    Attributes:
+        key_value: compute keys or values; where query, key and value are one projection, that one.
+        attention_output: the last projection of attention, before the residual.
+        feedforward_output: the last projection of a feed-forward, before the residual; its input is the intermediate
+            activation. Stacked experts count where one of their two projections widens from the hidden size.
+    """
+
+    key_value: tuple[str, ...]
+    attention_output: tuple[str, ...]
+    feedforward_output: tuple[str, ...]
+
+
+def trace(model: nn.Module) -> Flow | None:
+    """The flow of a transformers causal language model, or None where it is not understood.
+
+    Neither the model nor its weights are touched: a twin of its class and configuration is built on the meta device.
+    """
+    twin = _twin(model)
+    structure = inspect(twin)
+    # Models that make their own mask look into it, which meta tensors refuse; others take no other form.
+    marks = _run(twin, structure, (1, 1, TOKENS, TOKENS)) or _run(twin, structure, (1, TOKENS)) or _run(twin, structure)
+    if marks is None:
+        return None
+    inner = [name for name, sources in marks.read.items() if sources and STREAM not in sources]
+    attention = [name for name in inner if marks.read[name] & marks.right and name not in marks.right]
+    operands = {source for name in attention for source in marks.read[name]} | marks.right
+    feedforward = [name for name in inner if name not in (*attention, *operands)]
+    feedforward += _expert_outputs(structure)
+    if not (marks.right and attention and feedforward):
+        return None  # state space models multiply activations too, but have no feed-forward
+    order = [p.name for p in structure.projections]
+    chosen = (marks.right, attention, feedforward)
+    return Flow(*(tuple(sorted(names, key=order.index)) for names in chosen))
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    """The model without weights, its attention and experts written out in torch's own operations."""
+    config: Any = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config._attn_implementation = "eager"
+    with torch.device("meta"):
+        twin = type(model)(config).eval()
+    choose = getattr(twin, "set_experts_implementation", None)
+    if choose is not None:
+        choose("batched_mm")  # the only way without control flow that depends on values
+    return twin.requires_grad_(False)
+
+
+class _Marks(TorchFunctionMode):
+    """Collects what projections read and what products multiply from the right.
+
+    Attributes:
+        read: for each projection, the names that its input was computed from.
+        right: projections that feed the right side of a product of two activations.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: dict[str, set[str]] = {}
+        self.right: set[str] = set()
+        self._starts: dict[int, tuple[Tensor, str]] = {}
+
+    def begin(self, output: Any, name: str) -> Any:
+        """The output as a new beginning of the graph."""
+        if isinstance(output, tuple):
+            return (self.begin(output[0], name), *output[1:])
+        start = output.detach().requires_grad_()
+        self._starts[id(start)] = (start, name)
+        # Views of a leaf that asks for a gradient cannot be written in place, so hand out something behind it.
+        return start * 1
+
+    def sources(self, tensor: Any) -> set[str]:
+        """Names that a tensor was computed from."""
+        found: set[str] = set()
+        seen: set[Any] = set()
+        waiting = [tensor.grad_fn] if isinstance(tensor, Tensor) and tensor.grad_fn is not None else []
+        while waiting:
+            node = waiting.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            _, name = self._starts.get(id(getattr(node, "variable", None)), (None, None))
+            found |= {name} if name else set()
+            waiting += [after for after, _ in node.next_functions if after is not None]
+        return found
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for place, key in PRODUCTS.get(func, ()):
+            right = args[place] if len(args) > place else kwargs.get(key)
+            left = next((a for a in args[:place] if isinstance(a, Tensor) and a.grad_fn is not None), None)
+            if left is not None:
+                self.right |= self.sources(right) - {STREAM}
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def _marks(twin: nn.Module, structure: Structure) -> Iterator[_Marks]:
+    marks = _Marks()
+
+    def before(name: str) -> Callable[..., None]:
+        return lambda _module, args: marks.read.__setitem__(name, marks.sources(args[0]))
+
+    def after(name: str) -> Callable[..., Any]:
+        return lambda _module, _args, output: marks.begin(output, name)
+
+    handles = []
+    for p in structure.projections:
+        if p.kind != "experts":
+            module = twin.get_submodule(p.name)
+            handles += [module.register_forward_pre_hook(before(p.name)), module.register_forward_hook(after(p.name))]
+    if structure.embeddings is not None:
+        handles.append(twin.get_submodule(structure.embeddings).register_forward_hook(after(STREAM)))
+    try:
+        yield marks
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _run(twin: nn.Module, structure: Structure, mask: tuple[int, ...] | None = None) -> _Marks | None:
+    """One pass with an attention mask of the given shape; None where the model cannot run so."""
+    try:
+        with _marks(twin, structure) as marks, marks, torch.device("meta"):
+            ids = torch.zeros(1, TOKENS, dtype=torch.long)
+            twin(input_ids=ids, attention_mask=None if mask is None else torch.zeros(mask), use_cache=False)
+    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        # Whatever a model does that this experiment does not foresee, it is not understood.
+        return None
+    return marks
+
+
+def _expert_outputs(structure: Structure) -> Iterator[str]:
+    """Of each module of stacked experts, the projection whose input is what the others put out."""
+    stacks: dict[str, list[Any]] = {}
+    for p in structure.projections:
+        if p.kind == "experts":
+            stacks.setdefault(p.name.rpartition(".")[0], []).append(p)
+    for members in stacks.values():
+        hidden = {p.out_features for p in members} & {p.in_features for p in members}
+        ends = [p for p in members if p.out_features in hidden]
+        if len(members) > 1 and ends:
+            yield ends[-1].name

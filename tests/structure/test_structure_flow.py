@@ -1,0 +1,73 @@
+"""What projections are for, found by following activations through eighteen families, none of which the code knows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+from finetune.structure.flow import trace
+
+WIDE = {"vocab_size": 96, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SMALL = WIDE | {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+GROUPED = SMALL | {"num_key_value_heads": 2}
+EXPERTS = GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2}
+SEPARATE = ("k_proj v_proj", "o_proj", "down_proj")
+
+CASES = {
+    "Llama": (GROUPED, SEPARATE),
+    "Mistral": (GROUPED, SEPARATE),
+    "Qwen3": (GROUPED | {"head_dim": 16}, SEPARATE),
+    "Gemma2": (GROUPED | {"head_dim": 16}, SEPARATE),
+    "Cohere": (GROUPED, SEPARATE),
+    "Glm": (GROUPED | {"head_dim": 16}, SEPARATE),
+    "Phi": (SMALL, ("k_proj v_proj", "dense", "fc2")),
+    "Phi3": (GROUPED, ("qkv_proj", "o_proj", "down_proj")),
+    "GPTNeoX": (SMALL, ("query_key_value", "dense", "dense_4h_to_h")),
+    "Falcon": (WIDE | {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+               ("query_key_value", "dense", "dense_4h_to_h")),
+    "Bloom": (WIDE | {"hidden_size": 64, "n_layer": 2, "n_head": 4}, ("query_key_value", "dense", "dense_4h_to_h")),
+    "GPT2": (WIDE | {"n_embd": 64, "n_layer": 2, "n_head": 4}, ("c_attn", "attn.c_proj", "mlp.c_proj")),
+    "GPTJ": (WIDE | {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8},
+             ("k_proj v_proj", "out_proj", "fc_out")),
+    "OPT": (WIDE | {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 96, "num_hidden_layers": 2,
+                    "num_attention_heads": 4, "max_position_embeddings": 128}, ("k_proj v_proj", "out_proj", "fc2")),
+    "Mixtral": (EXPERTS, ("k_proj v_proj", "o_proj", "experts.down_proj")),
+    "GptOss": (EXPERTS | {"head_dim": 16}, ("k_proj v_proj", "o_proj", "experts.down_proj")),
+    "Qwen2Moe": (GROUPED | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+                            "shared_expert_intermediate_size": 48},
+                 ("k_proj v_proj", "o_proj", "experts.down_proj shared_expert.down_proj")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_finds_attention_and_feedforward(family: str) -> None:
+    settings, expected = CASES[family]
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{family}Config")(**settings))
+    flow = trace(model)
+    assert flow is not None
+    for found, leaves in zip((flow.key_value, flow.attention_output, flow.feedforward_output), expected, strict=True):
+        assert len(found) == 2 * len(leaves.split()), found
+        assert all(name.endswith(tuple(f".{leaf}" for leaf in leaves.split())) for name in found), found
+
+
+def test_latent_attention_and_mixed_blocks() -> None:
+    settings = {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
+                "qk_nope_head_dim": 8, "v_head_dim": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
+                "topk_group": 1, "moe_intermediate_size": 32, "first_k_dense_replace": 1}  # fmt: skip
+    with torch.device("meta"):
+        model = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**SMALL | settings))
+    flow = trace(model)
+    assert flow is not None
+    assert {name.rpartition(".")[2] for name in flow.key_value} == {"kv_a_proj_with_mqa", "kv_b_proj"}
+    assert [name.split(".", 3)[3] for name in flow.feedforward_output] == [
+        "mlp.down_proj", "mlp.experts.down_proj", "mlp.shared_experts.down_proj"
+    ]  # fmt: skip
+
+
+def test_a_model_without_attention_is_not_understood() -> None:
+    with torch.device("meta"):
+        config = transformers.MambaConfig(vocab_size=96, hidden_size=64, num_hidden_layers=2, state_size=8)
+        model = transformers.MambaForCausalLM(config)
+    assert trace(model) is None
