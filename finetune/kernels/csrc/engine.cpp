@@ -34,8 +34,12 @@ struct Job {
   const bf16* packed;
 };
 
-constexpr int64_t MOST_DEPTH = 2048;
-constexpr int64_t PANEL_BYTES = int64_t{1} << 20;  // half of the second-level cache (Sapphire Rapids 2 MiB, Zen 4 1 MiB)
+// Panels, measured on Granite Rapids and meant for second-level caches from 1 MiB (Zen 4). The forward takes long pieces
+// of rows, which decode fast, and writes few partial results. The gradient would read short pieces of very many rows;
+// it takes longer pieces of fewer rows, and its blocks of packed input then fit the first-level cache.
+constexpr int64_t LINEAR_DEPTH = 2048, LINEAR_BYTES = int64_t{1} << 20;
+constexpr int64_t GRADIENT_DEPTH = 256, GRADIENT_BYTES = int64_t{1} << 19;
+constexpr int64_t GROUP = 8;  // rows that are decoded before their pairs are interleaved
 // Above these M decoding everything and the vendor's product are faster where there are no tiles.
 constexpr int64_t MOST_ROWS_WITHOUT_TILES = 64;
 
@@ -43,7 +47,7 @@ constexpr int64_t MOST_ROWS_WITHOUT_TILES = 64;
 int64_t row_spacing(int64_t depth) { return (ceil_div(depth, DEPTH) | 1) * DEPTH; }
 
 size_t panel_bytes(const Job& job) {
-  int64_t cells = job.transposed ? job.width * row_spacing(job.depth) : (job.depth + DEPTH) * job.width;
+  int64_t cells = job.transposed ? job.width * row_spacing(job.depth) : (job.depth + GROUP) * job.width;
   return static_cast<size_t>(cells) * sizeof(bf16);
 }
 
@@ -57,16 +61,16 @@ void fill_rows(const Job& job, int64_t n, int64_t width, int64_t k, int64_t dept
       std::memset(panel + r * spacing + depth, 0, static_cast<size_t>(missing) * sizeof(bf16));
 }
 
-// Rows k.. of w, columns n.., as B; rows beyond K are zero.
+// Rows k.. of w, columns n.., as B; rows beyond K are zero. A few rows at a time, which stay in the first-level cache.
 void fill_columns(const Job& job, int64_t n, int64_t width, int64_t k, int64_t depth, bf16* panel) {
   int64_t steps = ceil_div(depth, DEPTH), columns = ceil_div(width, BLOCK) * BLOCK;
   bf16* rows = panel + job.depth * job.width;
-  for (int64_t step = 0; step < steps; ++step) {
-    int64_t count = std::min(DEPTH, depth - step * DEPTH);
-    job.decoder->panel(job.decoder->weight, k + step * DEPTH, count, n, width, rows, columns);
-    if (count < DEPTH)
-      std::memset(rows + count * columns, 0, static_cast<size_t>((DEPTH - count) * columns) * sizeof(bf16));
-    interleave(rows, columns, columns, panel + step * 2 * CELLS, steps * 2 * CELLS);
+  for (int64_t first = 0; first < steps * DEPTH; first += GROUP) {
+    int64_t count = std::max<int64_t>(0, std::min(GROUP, depth - first));
+    if (count) job.decoder->panel(job.decoder->weight, k + first, count, n, width, rows, columns);
+    std::memset(rows + count * columns, 0, static_cast<size_t>((GROUP - count) * columns) * sizeof(bf16));
+    bf16* tiles = panel + first / DEPTH * 2 * CELLS + first % DEPTH / 2 * DEPTH;
+    interleave(rows, GROUP, columns, tiles, steps * 2 * CELLS);
   }
 }
 
@@ -125,11 +129,11 @@ void pack(const Job& job, int64_t s, bf16* packed) {
 }
 
 void plan(Job& job) {
-  int64_t parts = ceil_div(job.K, MOST_DEPTH);
+  int64_t parts = ceil_div(job.K, job.transposed ? LINEAR_DEPTH : GRADIENT_DEPTH);
   job.depth = ceil_div(ceil_div(job.K, parts), DEPTH) * DEPTH;
-  int64_t bytes = job.tiles ? PANEL_BYTES : PANEL_BYTES / 2;
+  int64_t bytes = (job.transposed ? LINEAR_BYTES : GRADIENT_BYTES) / (job.tiles ? 1 : 2);
   int64_t width = bytes / static_cast<int64_t>(sizeof(bf16)) / job.depth / BLOCK * BLOCK;
-  if (job.transposed && job.M <= BLOCK) width = BLOCK;
+  if (job.transposed && job.M <= BLOCK) width = BLOCK;  // nothing is used twice
   job.width = std::max(BLOCK, std::min(width, ceil_div(job.N, BLOCK) * BLOCK));
 }
 

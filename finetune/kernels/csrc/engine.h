@@ -16,8 +16,8 @@ struct Decoder {
   const void* weight;  // whatever the function below understands
   // Writes w[row + r][column + c] as bf16 to out[r * stride + c], for r < rows and c < columns: the value that the
   // format decodes to in float32, rounded to nearest even. Called from any thread; never writes past columns.
-  // The engines ask for rows in multiples of 32 (fewer at the end) and for columns in multiples of 32 (fewer at the
-  // end) from a multiple of 32 on; columns are multiples of 64, and start at one, wherever I allows it.
+  // The engines ask for as many columns of few rows as fit (8 of about 1024 columns, 32 and more of about 2048), from a
+  // multiple of 32 on.
   void (*panel)(const void* weight, int64_t row, int64_t rows, int64_t column, int64_t columns, bf16* out,
                 int64_t stride);
 };

@@ -85,15 +85,15 @@ void pack_rows(const bf16* rows, int64_t M, int64_t K, int64_t strip, bf16* pack
   pack_few(rows + strip * BLOCK * K, M - strip * BLOCK, K, strip_tiles(strip, M) * TILE, packed);
 }
 
-FT_TARGET_AVX512_BF16 void interleave(const bf16* rows, int64_t stride, int64_t columns, bf16* tiles,
+FT_TARGET_AVX512_BF16 void interleave(const bf16* rows, int64_t count, int64_t columns, bf16* tiles,
                                       int64_t spacing) {
   const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
                                        5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
   const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
   for (int64_t column = 0; column < columns; column += BLOCK, tiles += spacing)
-    for (int64_t pair = 0; pair < TILE; ++pair) {
-      __m512i even = _mm512_loadu_si512(rows + 2 * pair * stride + column);
-      __m512i odd = _mm512_loadu_si512(rows + (2 * pair + 1) * stride + column);
+    for (int64_t pair = 0; pair < count / 2; ++pair) {
+      __m512i even = _mm512_loadu_si512(rows + 2 * pair * columns + column);
+      __m512i odd = _mm512_loadu_si512(rows + (2 * pair + 1) * columns + column);
       _mm512_store_si512(tiles + pair * DEPTH, _mm512_permutex2var_epi16(even, low, odd));
       _mm512_store_si512(tiles + CELLS + pair * DEPTH, _mm512_permutex2var_epi16(even, high, odd));
     }
