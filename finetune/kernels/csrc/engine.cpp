@@ -37,8 +37,9 @@ struct Job {
 // Panels, measured on Granite Rapids and meant for second-level caches from 1 MiB (Zen 4). The forward takes long pieces
 // of rows, which decode fast, and writes few partial results. The gradient would read short pieces of very many rows;
 // it takes longer pieces of fewer rows, and its blocks of packed input then fit the first-level cache.
-constexpr int64_t LINEAR_DEPTH = 2048, LINEAR_BYTES = int64_t{1} << 20;
-constexpr int64_t GRADIENT_DEPTH = 256, GRADIENT_BYTES = int64_t{1} << 19;
+constexpr int64_t LINEAR_DEPTH = 2048, GRADIENT_DEPTH = 256;
+constexpr int64_t WHOLE_DEPTH = 1024;  // up to it a gradient is not cut: the rows are few
+constexpr int64_t PANEL_BYTES = int64_t{1} << 20;
 constexpr int64_t GROUP = 8;  // rows that are decoded before their pairs are interleaved
 // Above these M decoding everything and the vendor's product are faster where there are no tiles.
 constexpr int64_t MOST_ROWS_WITHOUT_TILES = 64;
@@ -129,9 +130,10 @@ void pack(const Job& job, int64_t s, bf16* packed) {
 }
 
 void plan(Job& job) {
-  int64_t parts = ceil_div(job.K, job.transposed ? LINEAR_DEPTH : GRADIENT_DEPTH);
+  bool cut = !job.transposed && job.K > WHOLE_DEPTH;
+  int64_t parts = ceil_div(job.K, cut ? GRADIENT_DEPTH : LINEAR_DEPTH);
   job.depth = ceil_div(ceil_div(job.K, parts), DEPTH) * DEPTH;
-  int64_t bytes = (job.transposed ? LINEAR_BYTES : GRADIENT_BYTES) / (job.tiles ? 1 : 2);
+  int64_t bytes = PANEL_BYTES / (job.tiles ? 1 : 2);
   int64_t width = bytes / static_cast<int64_t>(sizeof(bf16)) / job.depth / BLOCK * BLOCK;
   if (job.transposed && job.M <= BLOCK) width = BLOCK;  // nothing is used twice
   job.width = std::max(BLOCK, std::min(width, ceil_div(job.N, BLOCK) * BLOCK));
