@@ -90,7 +90,7 @@ def decode_into(out: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, 
     rows = by_rows(out)
     with on(out):
         _dequantize[rows.grid](
-            out, flat_bytes(codes), flat_bytes(scale), None if zero is None else flat_bytes(zero), width,
+            out, flat_bytes(codes), flat_bytes(scale), flat_bytes(scale if zero is None else zero), width,
             codes.shape[-1], scale.shape[-1], group, bits, kind_of(zero), rows.block, rows.steps, **EXACT,
         )  # fmt: skip
 
@@ -145,7 +145,7 @@ def fused(
         x_MI,
         bias_O,
         flat_bytes(codes).view(torch.int32),
-        (flat_bytes(scale), None if zero is None else flat_bytes(zero)),
+        (flat_bytes(scale), flat_bytes(scale if zero is None else zero)),  # without a zero point it is not read
         codes.shape[0],
         bits=bits,
         high_first=False,

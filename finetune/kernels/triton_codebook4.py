@@ -32,20 +32,20 @@ TILE = 4096
 
 
 @triton.jit
-def _scales(absmax, nested, offset, dynamic, index):
+def _scales(absmax, nested, offset, dynamic, index, NESTED: tl.constexpr):
     """Float32 absmax of blocks; double quantization undone where there is one."""
-    if nested is None:
-        scale = tl.load(absmax + index)
-    else:
+    if NESTED:
         code = tl.load(absmax + index).to(tl.int32)
         scale = tl.load(dynamic + code) * tl.load(nested + index // NESTED_BLOCK) + tl.load(offset)
+    else:
+        scale = tl.load(absmax + index)
     return scale
 
 
 @triton.jit
 def _dequantize(
     out, packed, absmax, nested, offset, table, dynamic, count, size,
-    BLOCK: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
+    BLOCK: tl.constexpr, NESTED: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """A program decodes STEPS tiles of ROWS segments; a thread's four bytes become sixteen bytes of 16-bit weights.
 
@@ -57,7 +57,7 @@ def _dequantize(
         byte = row[:, None] + tl.arange(0, SEGMENT)[None, :]
         code = tl.load(packed + byte, mask=byte < size, other=0).to(tl.int32)
         block = tl.minimum(2 * row, count - 1) // BLOCK  # segments beyond the end read the last scale
-        scale = _scales(absmax, nested, offset, dynamic, block)[:, None]
+        scale = _scales(absmax, nested, offset, dynamic, block, NESTED)[:, None]
         pair = tl.join(tl.load(table + (code >> 4)) * scale, tl.load(table + (code & 15)) * scale)
         weight = 2 * row[:, None] + tl.arange(0, 2 * SEGMENT)[None, :]
         values = pair.reshape(ROWS, 2 * SEGMENT).to(out.dtype.element_ty)
@@ -70,7 +70,7 @@ def _tile(codes, storage, rows, k0, I: tl.constexpr, BK: tl.constexpr, FORMAT: t
     absmax, nested, offset, table, dynamic = storage
     BO: tl.constexpr = rows.shape[0]
     segment = (rows[:, None] * I + k0) // 32 + tl.arange(0, BK // 32)[None, :]
-    scale = _scales(absmax, nested, offset, dynamic, segment * 32 // FORMAT[0])
+    scale = _scales(absmax, nested, offset, dynamic, segment * 32 // FORMAT[0], FORMAT[1])
     # The table is gathered from registers or shared memory: no address in 64 bits a weight.
     values = tl.gather(tl.load(table + tl.arange(0, 16)), codes.reshape(BO * BK), 0)
     return (values.reshape(BO, BK // 32, 32) * scale[:, :, None]).reshape(BO, BK)
@@ -120,9 +120,16 @@ def decode_into(
     grid = (-(-count // (2 * steps * rows * SEGMENT)),)
     with on(out):
         _dequantize[grid](
-            out, flat_bytes(packed), absmax, nested_absmax, offset, table, dynamic, count,
-            (count + 1) // 2, block_size, SEGMENT, rows, steps, num_warps=4, **EXACT,
+            out, flat_bytes(packed), absmax, *_present(absmax, nested_absmax, offset), table, dynamic, count,
+            (count + 1) // 2, block_size, nested_absmax is not None, SEGMENT, rows, steps, num_warps=4, **EXACT,
         )  # fmt: skip
+
+
+def _present(absmax: Tensor, nested_absmax: Tensor | None, offset: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Arguments that are always tensors; without double quantization they are not read."""
+    if nested_absmax is None or offset is None:
+        return absmax, absmax
+    return nested_absmax, offset
 
 
 def dequantize(
@@ -170,12 +177,12 @@ def fused(
         x_MI,
         bias_O,
         flat_bytes(packed).view(torch.int32),
-        (absmax, nested_absmax, offset, table, dynamic),
+        (absmax, *_present(absmax, nested_absmax, offset), table, dynamic),
         out_features,
         bits=4,
         high_first=True,
         decode=_tile,
-        settings=(block_size,),
+        settings=(block_size, nested_absmax is not None),
         plan=plan,
     )
 

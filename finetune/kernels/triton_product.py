@@ -89,7 +89,7 @@ def fused_product(
     x_MI: Tensor,
     bias_O: Tensor | None,
     words: Tensor,
-    storage: tuple[Tensor | None, ...],
+    storage: tuple[Tensor, ...],
     out_features: int,
     *,
     bits: int,

@@ -63,6 +63,8 @@ def main() -> None:
         triton_codebook4.fused(plan, x_MI, None, out_features, *codebook4[1], "nf4", 64)
         triton_int8.fused(plan, x_MI, torch.zeros(out_features), codes, torch.zeros(out_features))
         triton_affine.fused(plan, x_MI, None, stacks[4], scale, zeros[1], 4, 64)
+    triton_codebook4.fused(plan, x_MI, None, out_features, *codebook4[0], "nf4", 64)
+    triton_affine.fused(plan, x_MI, None, stacks[8], scale, None, 8, 64)
 
 
 if __name__ == "__main__":
