@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import training_setup as setup
 import wandb
+import yaml
 
 from finetune.errors import ConfigError
 from finetune.training.config import TRACKERS
 from finetune.training.run_directory import RunDirectory
 from finetune.training.trackers.off import OffConfig
 from finetune.training.trackers.wandb import WandbConfig, build, resolved_mode
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -136,13 +143,30 @@ def test_a_tracker_that_cannot_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(**settings):
-        raise wandb.errors.CommError("unreachable")
+        raise wandb.errors.CommError("no space\nleft")
 
     monkeypatch.setattr(wandb, "init", fail)
-    tracker = build(WandbConfig(mode="online"), RunDirectory.create("a", tmp_path / "run"))
+    tracker = build(WandbConfig(mode="offline"), RunDirectory.create("a", tmp_path / "run"))
     tracker.log({"step": 1}, 1)
     tracker.finish(1)
     assert tracker.run_id is None and capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_server_that_does_not_answer_makes_a_run_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody listens on that port; a key is there, so `auto` means online."""
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "2")
+    before = time.monotonic()
+    tracker = build(WandbConfig(project="p"), RunDirectory.create("a", tmp_path / "run"))
+    result, _ = setup.run_training(tmp_path / "inner", max_steps=2, tracker=tracker)
+    tracker.finish(0)
+    assert result.status == "finished" and time.monotonic() - before < 60
+    assert "wandb cannot be reached, tracking offline: CommError: " in capsys.readouterr().err
+    assert tracker.note is not None and "wandb offline" in tracker.note
+    assert list((tmp_path / "run/wandb").glob(f"offline-run-*/run-{tracker.run_id}.wandb"))
 
 
 def test_other_ranks_track_nothing(tmp_path: Path, fake: SimpleNamespace) -> None:
@@ -165,3 +189,62 @@ def test_offline_for_real_and_quiet(tmp_path: Path, capfd: pytest.CaptureFixture
     assert list((tmp_path / "run/wandb").glob("offline-run-*/*.wandb"))
     output = capfd.readouterr()
     assert output.out == "" and output.err == ""
+
+
+AGENT = """
+import json, os, sys
+from wandb.wandb_agent import Agent
+agent = Agent(None, None, sweep_id=os.environ["WANDB_SWEEP_ID"])
+agent._sweep_command = json.loads(sys.argv[1])
+answer = agent._process_command(json.loads(sys.argv[2]))
+assert "exception" not in answer, answer
+sys.exit(agent._run_processes["abc123"].wait())
+"""
+
+
+def test_an_agent_starts_a_run_of_a_sweep(tmp_path: Path) -> None:
+    """The documented sweep, started by wandb's own agent; what the server would have answered is given to it.
+
+    The agent turns the parameters into the command line and names sweep and run in the environment; offline, so that
+    no server has to take the run.
+    """
+    text = (ROOT / "docs" / "tracking.md").read_text("utf-8")
+    sweep = yaml.safe_load(text.partition("<!-- file: sweep.yaml -->\n```yaml\n")[2].partition("```")[0])
+    assert sweep["metric"]["name"] == "eval_loss"
+    chosen = {"adapter.rank": 4, "adapter.targets": ["q_proj", "v_proj"], "train.learning_rate": 0.0005}
+    assert set(chosen) == set(sweep["parameters"])
+    order = {
+        "type": "run",
+        "run_id": "abc123",
+        "program": sweep["program"],
+        "args": {key: {"value": value} for key, value in chosen.items()},
+    }
+    command = [
+        *sweep["command"],
+        "train.max_steps=2",
+        "train.samples=0",
+        f"data.train={tmp_path}/rows.jsonl",
+        f"output_dir={tmp_path}/run",
+    ]
+    rows = [{"prompt": f"What is {n}?", "completion": f"It is the number {n}."} for n in range(60)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "WANDB_SWEEP_ID": "sweep1",
+        "WANDB_DIR": str(tmp_path),
+        "WANDB_MODE": "offline",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", AGENT, json.dumps(command), json.dumps(order)],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    record = json.loads((tmp_path / "run" / "run.json").read_text("utf-8"))
+    assert (record["status"], record["tracker_id"]) == ("finished", "abc123")
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text("utf-8"))
+    assert config["adapter"]["rank"] == 4 and config["adapter"]["targets"] == ["q_proj", "v_proj"]
+    assert config["train"]["learning_rate"] == 0.0005
+    (kept,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-abc123.wandb")
+    stored = kept.read_bytes()
+    assert b"sweep1" in stored and b"eval_loss" in stored

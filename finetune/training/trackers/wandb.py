@@ -18,6 +18,8 @@ from finetune.training.trackers.off import Off
 
 MODES = ("auto", "online", "offline")
 PUBLIC_HOST = "api.wandb.ai"
+INIT_TIMEOUT = 30.0
+"""Seconds that a server gets to answer before the run is tracked offline; WANDB_INIT_TIMEOUT says otherwise."""
 
 
 @dataclass
@@ -139,12 +141,33 @@ class Wandb:
         self._run = None
 
     def _start(self) -> None:
+        mode = resolved_mode(self.config)
+        try:
+            self._run = self._open(mode)
+        except Exception as error:  # a server that is down, a key that is refused: what is kept can be sent later
+            if mode != "online":
+                raise
+            print(f"wandb cannot be reached, tracking offline: {_first_line(error)}", file=sys.stderr, flush=True)
+            mode = "offline"
+            self._run = self._open(mode)
+        self.run_id = self._run.id
+        self.directory.update(tracker_id=self.run_id)
+        where = (
+            self._run.url
+            if mode == "online"
+            else f"{self._run.dir}, upload with: wandb sync {Path(self._run.dir).parent}"
+        )
+        self.note = f"tracking: wandb {mode}, {where}"
+
+    def _open(self, mode: str) -> Any:
         import wandb
 
         config = self.config
-        mode = resolved_mode(config)
         known = self.directory.record.get("tracker_id")
-        self._run = wandb.init(
+        settings: dict[str, Any] = {"silent": True, "console": "off"}
+        if "WANDB_INIT_TIMEOUT" not in os.environ:
+            settings["init_timeout"] = INIT_TIMEOUT
+        return wandb.init(
             # inside a sweep the agent names project and entity
             project=None if "WANDB_SWEEP_ID" in os.environ else config.project or os.environ.get("WANDB_PROJECT"),
             entity=None if "WANDB_SWEEP_ID" in os.environ else config.entity,
@@ -156,16 +179,8 @@ class Wandb:
             id=known,
             resume="allow" if known else None,
             mode=cast(Any, mode),
-            settings=wandb.Settings(silent=True, console="off"),
+            settings=wandb.Settings(**settings),
         )
-        self.run_id = self._run.id
-        self.directory.update(tracker_id=self.run_id)
-        where = (
-            self._run.url
-            if mode == "online"
-            else f"{self._run.dir}, upload with: wandb sync {Path(self._run.dir).parent}"
-        )
-        self.note = f"tracking: wandb {mode}, {where}"
 
     def _guarded(self, action: Callable[[], None]) -> None:
         """Do something with wandb unless it has failed before; never raise."""
@@ -175,5 +190,8 @@ class Wandb:
             action()
         except Exception as error:  # a tracker may fail in any way; the run must not
             self._run = None
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            print(f"tracking stopped, the run goes on: {reason}", file=sys.stderr, flush=True)
+            print(f"tracking stopped, the run goes on: {_first_line(error)}", file=sys.stderr, flush=True)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
