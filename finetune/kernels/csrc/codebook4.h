@@ -29,6 +29,12 @@ struct Codebook4 {
   unsigned code(int64_t index) const { return index & 1 ? codes[index >> 1] & 15u : codes[index >> 1] >> 4; }
 };
 
+// The values of a block by code, in 16 bits.
+using Table = uint16_t[16];
+
+// Tables of `blocks` blocks, 64-byte aligned, from their absmax; `dtype` is BF16 or F16.
+void scale_tables(const float* table, const float* scales, int blocks, DType dtype, Table* tables);
+
 // absmax of the blocks [first, first + count), in `room` or, where it is stored as float32, in place.
 const float* block_scales(const Codebook4& weight, int64_t first, int64_t count, float* room);
 

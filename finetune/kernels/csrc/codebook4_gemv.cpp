@@ -27,52 +27,66 @@ void pack(const bf16* x, int64_t M, int64_t I, bf16* packed) {
         }
 }
 
+// What does not change over a row.
+struct Constants {
+  __m512 table;
+  __m512i nibbles;  // 15 in every byte
+  __m512i second;   // 16 in the bytes of the upper half
+};
+
+// R rows of w by M of x over one step at `index`, row and column of w; a step of 64 codes has WHOLE false.
+template <int M, int R, bool WHOLE>
+FT_TARGET_AVX512_BF16 inline __attribute__((always_inline)) void step(const Codebook4& weight, const Constants& is,
+                                                                      const float* scales, const bf16* packed,
+                                                                      int64_t index, __m512 (&sum)[R][M]) {
+  const int64_t I = weight.columns;
+  __m512i low[R], high[R], values[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    const float* scale = scales + ((index + r * I) >> weight.shift);
+    const float* next = WHOLE ? scales + ((index + r * I + 64) >> weight.shift) : scale;
+    values[r] = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(_mm512_mul_ps(is.table, _mm512_set1_ps(*next)),
+                                                              _mm512_mul_ps(is.table, _mm512_set1_ps(*scale))));
+    const uint8_t* at = weight.codes + ((index + r * I) >> 1);
+    _mm_prefetch(at + R * I / 2, _MM_HINT_T0);  // what the next rows will read: too short runs for the hardware
+    __m512i codes =
+        WHOLE ? _mm512_loadu_si512(at) : _mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
+    low[r] = _mm512_ternarylogic_epi32(codes, is.nibbles, is.second, 0xea);  // (codes & nibbles) | second
+    high[r] = _mm512_ternarylogic_epi32(_mm512_srli_epi16(codes, 4), is.nibbles, is.second, 0xea);
+  }
+#pragma GCC unroll 4
+  for (int nibble = 0; nibble < 4; ++nibble) {
+    __m512bh w[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      __m512i codes = nibble & 1 ? high[r] : low[r];
+      if (nibble & 2) codes = _mm512_srli_epi16(codes, 8);
+      w[r] = reinterpret_cast<__m512bh>(_mm512_permutexvar_epi16(codes, values[r]));
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      __m512bh x = reinterpret_cast<__m512bh>(_mm512_load_si512(packed + m * STEP + nibble * 32));
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) sum[r][m] = _mm512_dpbf16_ps(sum[r][m], w[r], x);
+    }
+  }
+}
+
 template <int M, int R>
 FT_TARGET_AVX512_BF16 void dot(const Codebook4& weight, const float* scales, const bf16* packed, int64_t row,
                                float (*sums)[MOST_ROWS]) {
-  const __m512 table = _mm512_loadu_ps(weight.table);
-  const __m512i nibbles = _mm512_set1_epi8(15);
-  const __m512i second = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi8(16), 1);
-  const int64_t I = weight.columns;
+  const Constants is{_mm512_loadu_ps(weight.table), _mm512_set1_epi8(15),
+                     _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi8(16), 1)};
   __m512 sum[R][M];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) sum[r][m] = _mm512_setzero_ps();
-  for (int64_t k = 0; k < I; k += STEP, packed += M * STEP) {
-    const bool whole = k + STEP <= I;  // else 64 codes
-    const __mmask8 used = whole ? 0xff : 0x0f;
-    __m512i low[R], high[R], values[R];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      int64_t index = (row + r) * I + k;
-      const float* scale = scales + (index >> weight.shift);
-      float next = whole ? scales[(index + 64) >> weight.shift] : *scale;
-      values[r] = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(_mm512_mul_ps(table, _mm512_set1_ps(next)),
-                                                                _mm512_mul_ps(table, _mm512_set1_ps(*scale))));
-      const uint8_t* at = weight.codes + (index >> 1);
-      _mm_prefetch(at + R * I / 2, _MM_HINT_T0);  // what the next rows will read: too short runs for the hardware
-      __m512i codes = _mm512_maskz_loadu_epi64(used, at);
-      low[r] = _mm512_ternarylogic_epi32(codes, nibbles, second, 0xea);  // (codes & nibbles) | second
-      high[r] = _mm512_ternarylogic_epi32(_mm512_srli_epi16(codes, 4), nibbles, second, 0xea);
-    }
-#pragma GCC unroll 4
-    for (int nibble = 0; nibble < 4; ++nibble) {
-      __m512bh w[R];
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        __m512i codes = nibble & 1 ? high[r] : low[r];
-        if (nibble & 2) codes = _mm512_bsrli_epi128(codes, 1);
-        w[r] = reinterpret_cast<__m512bh>(_mm512_permutexvar_epi16(codes, values[r]));
-      }
-#pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) {
-        __m512bh x = reinterpret_cast<__m512bh>(_mm512_load_si512(packed + m * STEP + nibble * 32));
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) sum[r][m] = _mm512_dpbf16_ps(sum[r][m], w[r], x);
-      }
-    }
-  }
+  int64_t index = row * weight.columns;
+  const int64_t end = index + weight.columns;
+  for (; index + STEP <= end; index += STEP, packed += M * STEP)
+    step<M, R, true>(weight, is, scales, packed, index, sum);
+  if (index < end) step<M, R, false>(weight, is, scales, packed, index, sum);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
