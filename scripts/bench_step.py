@@ -58,6 +58,7 @@ def ours(size: str) -> tuple[list, Callable]:
     from finetune.adapters.attach import attach
     from finetune.adapters.lora import LoRAConfig
     from finetune.data.rows import Batch
+    from finetune.model.exchange import exchange
     from finetune.quant.freeze import freeze
     from finetune.quant.nf4 import NF4Config
     from finetune.training.config import OBJECTIVES
@@ -65,8 +66,9 @@ def ours(size: str) -> tuple[list, Callable]:
 
     model = random_llama(size)
     freeze(model, NF4Config(), structure.inspect(model))
+    exchange(model)
     torch.manual_seed(2)
-    adapter = attach(model, LoRAConfig(rank=16, alpha=32, dtype="bf16"))
+    adapter = attach(model, LoRAConfig(rank=16, alpha=32))
     objective = OBJECTIVES.build(SFTConfig(), model)
     model.train()
 
