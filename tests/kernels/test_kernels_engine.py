@@ -58,6 +58,19 @@ def input_gradient(g_MO: Tensor, w_OI: Tensor, threads: int = 1) -> Tensor | Non
     return gx_MI if done else None
 
 
+def int8_linear(
+    x_MI: Tensor, w_OI: Tensor, y_MO: Tensor, scales: tuple[Tensor, Tensor, float] | None, bias_O: Tensor | None
+) -> bool:
+    scale_M, scale_O, unit = scales or (None, None, 1.0)
+    return bool(
+        native.library().ft_int8_linear(
+            *map(native.pointer, (x_MI, w_OI, scale_M, scale_O)), ctypes.c_float(unit),
+            native.pointer(bias_O), native.pointer(y_MO), native.DTYPES.get(y_MO.dtype, 0),
+            *sizes(x_MI.shape[0], w_OI.shape[0], x_MI.shape[1]), 2,
+        )
+    )  # fmt: skip
+
+
 def random(*shape: int) -> Tensor:
     return torch.randn(*shape).bfloat16()
 
@@ -146,3 +159,27 @@ def test_below_its_instructions_an_engine_declines(level: str) -> None:
 
 def test_nothing_to_do_is_declined() -> None:
     assert linear(torch.empty(0, 32, dtype=torch.bfloat16), random(8, 32), None) is None
+
+
+@settings(max_examples=30, deadline=None)
+@given(M=st.integers(1, 100), O=st.integers(1, 130), I=st.integers(1, 300), dtype=st.sampled_from(["f32", "bf16"]))
+def test_products_of_codes_are_exact_and_scaled_in_float32(M: int, O: int, I: int, dtype: str) -> None:  # noqa: E741
+    served("amx")
+    torch.manual_seed(M * 7919 + O * 31 + I)
+    x_MI, w_OI = (torch.randint(-128, 128, (rows, I), dtype=torch.int8) for rows in (M, O))
+    exact = (x_MI.double() @ w_OI.double().T).to(torch.int32)
+    plain = torch.full((M * O + GUARD,), 7, dtype=torch.int32)
+    assert int8_linear(x_MI, w_OI, plain, None, None)
+    assert plain[:-GUARD].view(M, O).equal(exact) and (plain[-GUARD:] == 7).all()
+    wanted = torch.float32 if dtype == "f32" else torch.bfloat16
+    scale_M, scale_O, unit, bias_O = torch.rand(M), torch.rand(O), 1 / 127**2, torch.randn(O).to(wanted)
+    scaled = torch.full((M * O + GUARD,), 7, dtype=wanted)
+    assert int8_linear(x_MI, w_OI, scaled, (scale_M, scale_O, unit), bias_O)
+    expected = exact.float() * (torch.outer(scale_M, scale_O) * unit) + bias_O.float()
+    assert scaled[:-GUARD].view(M, O).equal(expected.to(wanted)) and (scaled[-GUARD:] == 7).all()
+
+
+def test_products_of_codes_want_tiles() -> None:
+    codes = torch.ones(8, 64, dtype=torch.int8)
+    with native.at_most("avx512_bf16"):
+        assert not int8_linear(codes, codes, torch.empty(8, 8, dtype=torch.int32), None, None)

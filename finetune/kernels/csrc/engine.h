@@ -32,4 +32,20 @@ bool engine_linear(const Decoder& decoder, int64_t M, int64_t O, int64_t I, cons
 bool engine_input_gradient(const Decoder& decoder, int64_t M, int64_t O, int64_t I, const bf16* g, bf16* gx,
                            int threads);
 
+// y[M, O] = x[M, I] @ w[O, I].T of int8 codes (-128 among them or not).
+struct Int8Product {
+  const int8_t* x;
+  const int8_t* w;
+  const float* scale_M;  // null: y is int32, the exact product
+  const float* scale_O;  // else y = product * (scale_M[m] * scale_O[o] * unit) + bias[o] in float32, rounded once
+  float unit;
+  const void* bias;  // of the type of y, or null
+  void* y;
+  DType type;  // of y where it is scaled: F32 or BF16
+  int64_t M, O, I;
+};
+
+// False where this CPU has no tiles (what `y` holds then means nothing).
+bool engine_linear_int8(const Int8Product& product, int threads);
+
 }  // namespace finetune

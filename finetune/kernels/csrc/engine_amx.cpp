@@ -19,7 +19,16 @@ const TileConfig CONFIG;
 
 constexpr int LINE = 64;  // bytes of a line of a packed tile
 
-template <int A_TILES, int B_TILES>
+// C += A @ B of three tiles. A macro, since gcc puts the tiles' numbers into the text of the instruction.
+#define FT_TILE_PRODUCT(c, a, b) \
+  do {                           \
+    if (INT8)                    \
+      _tile_dpbssd(c, a, b);     \
+    else                         \
+      _tile_dpbf16ps(c, a, b);   \
+  } while (0)
+
+template <bool INT8, int A_TILES, int B_TILES>
 FT_TARGET_AMX void multiply(const Block& block) {
   constexpr int64_t C_ROW = BLOCK * sizeof(float);
   const bf16* a = block.a;
@@ -40,21 +49,30 @@ FT_TARGET_AMX void multiply(const Block& block) {
   for (int64_t step = 0; step < block.steps; ++step, a += block.a_step, b += B_TILES * CELLS) {
     _tile_loadd(4, a, a_row);
     _tile_loadd(6, b, LINE);
-    _tile_dpbf16ps(0, 4, 6);
+    FT_TILE_PRODUCT(0, 4, 6);
     if (B_TILES > 1) {
       _tile_loadd(7, b + CELLS, LINE);
-      _tile_dpbf16ps(1, 4, 7);
+      FT_TILE_PRODUCT(1, 4, 7);
     }
     if (A_TILES > 1) {
       _tile_loadd(5, a + second, a_row);
-      _tile_dpbf16ps(2, 5, 6);
+      FT_TILE_PRODUCT(2, 5, 6);
     }
-    if (A_TILES > 1 && B_TILES > 1) _tile_dpbf16ps(3, 5, 7);
+    if (A_TILES > 1 && B_TILES > 1) FT_TILE_PRODUCT(3, 5, 7);
   }
   _tile_stored(0, block.c, C_ROW);
   if (B_TILES > 1) _tile_stored(1, block.c + TILE, C_ROW);
   if (A_TILES > 1) _tile_stored(2, block.c + TILE * BLOCK, C_ROW);
   if (A_TILES > 1 && B_TILES > 1) _tile_stored(3, block.c + TILE * BLOCK + TILE, C_ROW);
+}
+
+template <bool INT8>
+void any_shape(const Block& block) {
+  __asm__ volatile("" ::: "memory");  // gcc's tile loads do not say that they read memory
+  if (block.a_rows > TILE)
+    block.b_tiles > 1 ? multiply<INT8, 2, 2>(block) : multiply<INT8, 2, 1>(block);
+  else
+    block.b_tiles > 1 ? multiply<INT8, 1, 2>(block) : multiply<INT8, 1, 1>(block);
 }
 
 }  // namespace
@@ -63,13 +81,8 @@ FT_TARGET_AMX void amx_begin() { _tile_loadconfig(&CONFIG); }
 
 FT_TARGET_AMX void amx_end() { _tile_release(); }
 
-void amx_block(const Block& block) {
-  __asm__ volatile("" ::: "memory");  // gcc's tile loads do not say that they read memory
-  if (block.a_rows > TILE)
-    block.b_tiles > 1 ? multiply<2, 2>(block) : multiply<2, 1>(block);
-  else
-    block.b_tiles > 1 ? multiply<1, 2>(block) : multiply<1, 1>(block);
-}
+void amx_block(const Block& block) { any_shape<false>(block); }
+void amx_block_int8(const Block& block) { any_shape<true>(block); }
 
 }  // namespace finetune
 #endif

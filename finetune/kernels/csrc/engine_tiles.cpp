@@ -131,5 +131,51 @@ FT_TARGET_AVX512_BF16 void store_columns(const float* c, int64_t rows, int64_t c
   }
 }
 
+namespace {
+
+// 16 sums of row m and columns n.. as the scaling wants them in float32.
+FT_TARGET_AVX512_BF16 inline __m512 scaled(__m512i sums, const Scaling& scaling, int64_t m, int64_t n, __mmask16 mask) {
+  __m512 scale = _mm512_mul_ps(_mm512_set1_ps(scaling.rows[m]), _mm512_maskz_loadu_ps(mask, scaling.columns + n));
+  __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(sums), _mm512_mul_ps(scale, _mm512_set1_ps(scaling.unit)));
+  if (!scaling.bias) return value;
+  if (scaling.type == F32)
+    return _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, static_cast<const float*>(scaling.bias) + n));
+  return _mm512_add_ps(value, widened(static_cast<const bf16*>(scaling.bias) + n, mask));
+}
+
+// 32 sums of row m and columns n.. to where they belong in out[M, N].
+FT_TARGET_AVX512_BF16 inline void store_line(__m512i low, __m512i high, const Scaling& scaling, int64_t m, int64_t n,
+                                             __mmask32 mask, void* out, int64_t N) {
+  __mmask16 first = static_cast<__mmask16>(mask), second = static_cast<__mmask16>(mask >> 16);
+  if (scaling.rows) {
+    __m512 a = scaled(low, scaling, m, n, first), b = scaled(high, scaling, m, n + TILE, second);
+    if (scaling.type == BF16)
+      return _mm512_mask_storeu_epi16(static_cast<bf16*>(out) + m * N + n, mask, narrowed(a, b));
+    low = _mm512_castps_si512(a);
+    high = _mm512_castps_si512(b);
+  }
+  int32_t* at = static_cast<int32_t*>(out) + m * N + n;
+  _mm512_mask_storeu_epi32(at, first, low);
+  _mm512_mask_storeu_epi32(at + TILE, second, high);
+}
+
+}  // namespace
+
+FT_TARGET_AVX512_BF16 void store_scaled(const int32_t* c, int64_t m, int64_t rows, int64_t n, int64_t columns,
+                                        const Scaling& scaling, void* out, int64_t N) {
+  __mmask32 mask = first_words(columns);
+  for (int64_t first = 0; first < rows; first += TILE) {
+    __m512i low[16], high[16];
+#pragma GCC unroll 16
+    for (int64_t r = 0; r < TILE; ++r) low[r] = _mm512_load_si512(c + r * BLOCK + first);
+    transpose(low);
+#pragma GCC unroll 16
+    for (int64_t r = 0; r < TILE; ++r) high[r] = _mm512_load_si512(c + (TILE + r) * BLOCK + first);
+    transpose(high);
+    for (int64_t r = 0; r < TILE && first + r < rows; ++r)
+      store_line(low[r], high[r], scaling, m + first + r, n, mask, out, N);
+  }
+}
+
 }  // namespace finetune
 #endif

@@ -55,10 +55,24 @@ void store_rows(const float* c, int64_t rows, int64_t columns, bf16* out, int64_
 // c[n][m] + bias[n], likewise; bias may be null.
 void store_columns(const float* c, int64_t rows, int64_t columns, const bf16* bias, bf16* out, int64_t stride);
 
+// What becomes of int32 sums: themselves where `rows` is null, else sum * (rows[m] * columns[n] * unit) + bias[n] in
+// float32, rounded once to `type` (float32 or bf16), which the bias, where there is one, has too.
+struct Scaling {
+  const float* rows;
+  const float* columns;
+  float unit;
+  const void* bias;
+  DType type;
+};
+// c[n][m], int32, likewise to rows m.. and columns n.. of out[M, N].
+void store_scaled(const int32_t* c, int64_t m, int64_t rows, int64_t n, int64_t columns, const Scaling& scaling,
+                  void* out, int64_t N);
+
 // The kernels: one block, by tiles or by vectors. Tiles are to be set up before, and given back after, by each thread.
 void amx_begin();
 void amx_end();
 void amx_block(const Block& block);
+void amx_block_int8(const Block& block);  // int8 in pairs for each bf16 number, and int32 for each float32
 void avx512_block(const Block& block);
 
 // A block whose b is packed by pack_few, for M <= MOST_DOTS: by inner products along K, where lanes over M were idle.
