@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from finetune.kernels import triton_backend
+from finetune.kernels import cpu_integer, triton_backend
 from finetune.kernels.operand import register_format
 from finetune.kernels.products import autocast, define_products, library
 
@@ -133,7 +133,6 @@ def linear_affine(
 library.define(f"dequantize_affine({_STORAGE}, SymInt[] shape, ScalarType dtype) -> Tensor")
 
 
-@torch.library.impl("finetune::dequantize_affine", "default")
 def reference_dequantize(
     codes: Tensor,
     scale: Tensor,
@@ -159,6 +158,9 @@ def reference_dequantize(
     return out
 
 
+torch.library.impl("finetune::dequantize_affine", "default")(reference_dequantize)
+
+
 @torch.library.register_fake("finetune::dequantize_affine")
 def _dequantize_fake(
     codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int, shape: list[int], dtype: torch.dtype
@@ -166,7 +168,7 @@ def _dequantize_fake(
     return codes.new_empty(shape, dtype=dtype)
 
 
-define_products("affine", _STORAGE)
+_products = define_products("affine", _STORAGE)
 
 
 def _shifts(count: int, bits: int, device: torch.device) -> Tensor:
@@ -188,5 +190,6 @@ def _operand_gradient(grad_BO: Tensor, tensors: list[Tensor], settings: list[str
 
 
 register_format("affine", _operand_linear, _operand_gradient)
+cpu_integer.serve("affine", cpu_integer.affine, (reference_dequantize, *_products))
 for _operator in ("dequantize", "linear", "input_gradient"):
     triton_backend.register(f"{_operator}_affine", "triton_affine", _operator)

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from finetune.kernels import triton_backend
+from finetune.kernels import cpu_int8, cpu_integer, triton_backend
 from finetune.kernels.operand import register_format
 from finetune.kernels.products import autocast, define_products, library
 
@@ -48,7 +48,7 @@ class Rows(NamedTuple):
 
 
 def quantize_rows(x_MI: Tensor, threshold: float = 0.0) -> Rows:
-    """Round rows to int8: `round(x * (127 / absmax))`, half to even. A row of zeros gets absmax 0 and codes 0.
+    """Round rows to int8: `round(x * (1 / absmax * 127))`, half to even. A row of zeros gets absmax 0 and codes 0.
 
     Args:
         threshold: magnitudes from this on are outliers: they do not count for absmax, and their columns get code 0 in
@@ -61,7 +61,7 @@ def quantize_rows(x_MI: Tensor, threshold: float = 0.0) -> Rows:
         outlier_I = outlier_MI.any(dim=0)
         x_MI = x_MI.masked_fill(outlier_MI, 0)
     absmax_M = x_MI.abs().amax(dim=1)
-    factor_M = torch.where(absmax_M > 0, LEVELS / absmax_M, 0)
+    factor_M = torch.where(absmax_M > 0, absmax_M.reciprocal() * LEVELS, 0)
     codes_MI = (x_MI * factor_M.unsqueeze(1)).round_().to(torch.int8)
     if outlier_I is not None:
         codes_MI.masked_fill_(outlier_I, 0)
@@ -119,10 +119,12 @@ library.define(f"dequantize_int8({_STORAGE}, SymInt[] shape, ScalarType dtype) -
 library.define(f"llm_int8(Tensor x, Tensor? bias, {_STORAGE}, float threshold) -> Tensor")
 
 
-@torch.library.impl("finetune::dequantize_int8", "default")
 def reference_dequantize(codes: Tensor, absmax: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
     """The operator in plain torch."""
     return decode(codes, absmax).to(dtype).view(shape)
+
+
+torch.library.impl("finetune::dequantize_int8", "default")(reference_dequantize)
 
 
 @torch.library.register_fake("finetune::dequantize_int8")
@@ -130,7 +132,7 @@ def _dequantize_fake(codes: Tensor, absmax: Tensor, shape: list[int], dtype: tor
     return codes.new_empty(shape, dtype=dtype)
 
 
-define_products("int8", _STORAGE)
+_products = define_products("int8", _STORAGE)
 
 
 def llm_int8_by(
@@ -141,7 +143,7 @@ def llm_int8_by(
     absmax: Tensor,
     threshold: float,
 ) -> Tensor:
-    """The operator in plain torch: exact products, scaled in float32, rounded once with what the outliers add.
+    """LLM.int8() over a product of codes: scaled in float32, rounded once together with what the outliers add.
 
     Args:
         multiply: makes the exact product of codes; a backend has its own.
@@ -153,19 +155,22 @@ def llm_int8_by(
     if bias is not None:
         y_MO += bias
     with torch.autocast(x.device.type, enabled=False):
-        y_MO += outlier_part(x_MI, rows, codes, absmax)
+        assert rows.outlier_I is not None
+        y_MO += outlier_part(x_MI, rows.outlier_I, codes, absmax)
     return y_MO.to(x.dtype).view(*x.shape[:-1], codes.shape[0])
 
 
-@torch.library.impl("finetune::llm_int8", "default")
-def _llm_int8(x: Tensor, bias: Tensor | None, codes: Tensor, absmax: Tensor, threshold: float) -> Tensor:
+def reference_llm_int8(x: Tensor, bias: Tensor | None, codes: Tensor, absmax: Tensor, threshold: float) -> Tensor:
+    """The operator in plain torch."""
     return llm_int8_by(product, x, bias, codes, absmax, threshold)
 
 
-def outlier_part(x_MI: Tensor, rows: Rows, codes_OI: Tensor, absmax_O: Tensor) -> Tensor:
+torch.library.impl("finetune::llm_int8", "default")(reference_llm_int8)
+
+
+def outlier_part(x_MI: Tensor, outlier_I: Tensor, codes_OI: Tensor, absmax_O: Tensor) -> Tensor:
     """What the outlier columns add to the product, [M, O] in the dtype of the input, or a float32 scalar 0."""
-    assert rows.outlier_I is not None
-    columns = rows.outlier_I.nonzero().view(-1)
+    columns = outlier_I.nonzero().view(-1)
     if not len(columns):
         return absmax_O.new_zeros(())
     weight = decode(codes_OI.index_select(1, columns), absmax_O).to(x_MI.dtype)
@@ -212,6 +217,8 @@ def _operand_gradient(grad_BO: Tensor, tensors: list[Tensor], settings: list[str
 
 
 register_format("int8", _operand_linear, _operand_gradient)
+cpu_integer.serve("int8", cpu_integer.int8, (reference_dequantize, *_products))
+cpu_int8.serve(reference_llm_int8, product, outlier_part)
 for _operator in ("dequantize", "linear", "input_gradient"):
     triton_backend.register(f"{_operator}_int8", "triton_int8", _operator)
 triton_backend.register("llm_int8", "triton_int8", "llm_int8")

@@ -24,8 +24,8 @@ from torch import Tensor
 library = torch.library.Library("finetune", "FRAGMENT")
 
 
-def define_products(name: str, storage: str) -> None:
-    """Define the two products of a format whose `dequantize_<name>` exists.
+def define_products(name: str, storage: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """Define the two products of a format whose `dequantize_<name>` exists; gives back their references.
 
     Args:
         name: of the format.
@@ -36,8 +36,9 @@ def define_products(name: str, storage: str) -> None:
     library.define(f"linear_{name}(Tensor x, Tensor? bias, {storage}, SymInt out_features) -> Tensor")
     library.define(f"input_gradient_{name}(Tensor grad, {storage}, SymInt in_features) -> Tensor")
     linear, input_gradient = f"finetune::linear_{name}", f"finetune::input_gradient_{name}"
-    torch.library.impl(linear, "default")(reference_linear(name))
-    torch.library.impl(input_gradient, "default")(reference_input_gradient(name))
+    references = reference_linear(name), reference_input_gradient(name)
+    torch.library.impl(linear, "default")(references[0])
+    torch.library.impl(input_gradient, "default")(references[1])
     torch.library.register_fake(linear)(_linear_fake)
     torch.library.register_fake(input_gradient)(_input_gradient_fake)
 
@@ -66,6 +67,7 @@ def define_products(name: str, storage: str) -> None:
 
     torch.library.register_autograd(linear, linear_backward, setup_context=save_linear)
     torch.library.register_autograd(input_gradient, gradient_backward, setup_context=save_gradient)
+    return references
 
 
 def reference_linear(name: str) -> Callable[..., Tensor]:

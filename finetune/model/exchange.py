@@ -87,6 +87,13 @@ def exchange(model: nn.Module) -> list[Exchanged]:
     return done
 
 
+def candidates(model: nn.Module) -> str:
+    """What of a model looks as if it could be fused, counted, whatever device and dtype it is on."""
+    looks = {"norm": norm_epsilons, "gated MLP": _looks_gated, "rotary attention": rotary_layers}
+    counts = {kind: sum(bool(found(module)) for module in model.modules()) for kind, found in looks.items()}
+    return ", ".join(f"{n} x {kind}" for kind, n in counts.items() if n) or "nothing"
+
+
 def summary(done: list[Exchanged]) -> str:
     """What is fused, counted by kind, in a line; empty where nothing is."""
     fused = Counter(one.kind for one in done if not one.reason)
@@ -190,8 +197,8 @@ def _attention(model: Any) -> list[Exchanged]:
         return []
     attention.register()
     model.set_attn_implementation(attention.NAME)
-    if model.config._attn_implementation != attention.NAME:
-        return [Exchanged("model", "attention", "the model does not use transformers' attention interface")]
+    if model.config._attn_implementation != attention.NAME:  # it has an attention of its own, and keeps it
+        return []
     candidates = {m: n for n, m in model.named_modules() if rotary_layers(m) is not None}
     try:
         calls, arguments = _run(model, list(candidates))
