@@ -84,6 +84,10 @@ class Adapter(ABC):
     def trainable(self) -> dict[str, nn.Parameter]:
         """Every tensor that trains, by its full name in the model; nothing else requires a gradient."""
 
+    def learning_rate_scales(self) -> dict[str, float]:
+        """Factors on the learning rate, by names of `trainable()`; what is not among them learns at the plain rate."""
+        return {}
+
     @abstractmethod
     def disabled(self) -> AbstractContextManager[None]:
         """Within it the model computes exactly what the base computes."""
@@ -96,6 +100,11 @@ class Adapter(ABC):
     @abstractmethod
     def mergeable(self) -> bool:
         """Whether the adapted model can be written as plain weights of the base's own shape."""
+
+    @property
+    def obstacle(self) -> str:
+        """Why `mergeable` is false, in words that follow "because"; empty where it is true."""
+        return "" if self.mergeable else "it computes something that is no weight of the base"
 
     @abstractmethod
     def merged(self) -> Iterator[tuple[str, Tensor]]:

@@ -60,9 +60,13 @@ class LoRAConfig(WeightConfig):
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"adapter.dropout is {self.dropout}: expected 0 or more and less than 1")
 
+    def read(self, directory: Path) -> Saved:
+        """What the adapter_config.json of a saved adapter says, refused where it is of another method than this."""
+        return read_saved(directory)
+
     def check_saved(self, directory: Path) -> None:
         """Refuse another method, settings that we do not compute, and another rank, alpha or rslora than set here."""
-        saved = read_saved(directory)
+        saved = self.read(directory)
         default = LoRAConfig()
         for key in ("rank", "alpha", "rslora"):
             mine, theirs = getattr(self, key), getattr(saved, key)
@@ -152,7 +156,7 @@ class LoRAAdapter(WeightAdapter):
 
     def check_settings(self, directory: Path, saved: Mapping[str, Any]) -> None:
         """Refuse another rank, alpha or rslora; dropout plays no part after training."""
-        theirs = read_saved(directory)
+        theirs = self.config.read(directory)
         if theirs.rslora != self.config.rslora:
             raise ModelError(
                 f"adapter {directory} has rslora {theirs.rslora}, but it is attached with {self.config.rslora}"
@@ -201,17 +205,21 @@ class LoRAAdapter(WeightAdapter):
 
 
 @ADAPTERS.register(LoRAConfig)
-def build(config: LoRAConfig, model: nn.Module) -> LoRAAdapter:
-    """Attach LoRA to a model; `config.path` decides the structure here, its tensors are loaded by `attach`."""
+def build(config: LoRAConfig, model: nn.Module, kind: type[LoRAAdapter] = LoRAAdapter) -> LoRAAdapter:
+    """Attach LoRA to a model; `config.path` decides the structure here, its tensors are loaded by `attach`.
+
+    Args:
+        kind: what to attach; a method that is LoRA but for a part of it brings its own.
+    """
     structure = inspect(model)
     if config.path is None:
         plan = choose(model, structure, config)
-        return LoRAAdapter(config, model, {p.name: Size(config.rank, config.alpha) for p in plan}, plan)
+        return kind(config, model, {p.name: Size(config.rank, config.alpha) for p in plan}, plan)
     config.check_saved(Path(config.path))
-    saved = read_saved(Path(config.path))
+    saved = config.read(Path(config.path))
     plan, sizes = resolve_saved(saved, model, structure, Path(config.path))
     config = agreed(config, saved, model, structure, plan)
-    return LoRAAdapter(config, model, {name: Size(*size) for name, size in sizes.items()}, plan)
+    return kind(config, model, {name: Size(*size) for name, size in sizes.items()}, plan)
 
 
 def agreed(

@@ -5,6 +5,7 @@ Settings that we do not honour are refused by name, also those that a later PEFT
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from finetune.structure import Projection, Structure
 
 UNDERSTOOD = frozenset({
     "peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "target_parameters", "modules_to_save",
-    "rank_pattern", "alpha_pattern", "exclude_modules", "layers_to_transform",
+    "rank_pattern", "alpha_pattern", "exclude_modules", "layers_to_transform", "use_dora",
 })  # fmt: skip
 """Keys that decide what the adapter computes, and that we read."""
 
@@ -44,6 +45,7 @@ class Saved:
     rank: int
     alpha: float
     rslora: bool = False
+    dora: bool = False
     dropout: float = 0.0
     target_modules: str | Sequence[str] = ()
     target_parameters: Sequence[str] = ()
@@ -74,7 +76,7 @@ class Saved:
             "lora_alpha": _whole(self.alpha),
             "lora_dropout": self.dropout,
             "use_rslora": self.rslora,
-            "use_dora": False,
+            "use_dora": self.dora,
             "bias": "none",
             "fan_in_fan_out": fan_in_fan_out,
             "target_modules": list(self.target_modules),
@@ -90,8 +92,8 @@ def _whole(number: float) -> float:
     return int(number) if float(number).is_integer() else number
 
 
-def read_saved(directory: Path) -> Saved:
-    """Read the adapter_config.json of a LoRA.
+def read_saved(directory: Path, dora: bool = False) -> Saved:
+    """Read the adapter_config.json of a LoRA, or of a DoRA.
 
     Raises:
         ModelError: when it is missing or broken, of another method, or asks for something we do not compute.
@@ -100,12 +102,17 @@ def read_saved(directory: Path) -> Saved:
     path = directory / peft_format.CONFIG
     if peft_format.method_of(config) != "LORA":
         raise ModelError(f"{path} is of method {peft_format.method_of(config)}: expected LORA")
+    if bool(config.get("use_dora")) != dora:
+        mine, theirs = ("dora", "lora") if dora else ("lora", "dora")
+        found = json.dumps(config.get("use_dora"))
+        raise ModelError(f"{path} has use_dora={found}, which adapter={mine} does not compute: set adapter={theirs}")
     _refuse_unknown(config, path)
     _check_types(config, path)
     return Saved(
         rank=config["r"],
         alpha=float(config["lora_alpha"]),
         rslora=bool(config.get("use_rslora")),
+        dora=dora,
         target_modules=config.get("target_modules") or (),
         target_parameters=config.get("target_parameters") or (),
         modules_to_save=config.get("modules_to_save") or (),

@@ -112,8 +112,8 @@ class TrackingConfig:
 
 
 OPTIMIZERS: Registry[OptimConfig] = Registry("optim", "finetune.training.optimizers")
-"""`OPTIMIZERS.build(config, params, train, device)` -> `(torch.optim.Optimizer, note | None)`; the note says what was
-substituted and why."""
+"""`OPTIMIZERS.build(config, params, train, device)` -> `(torch.optim.Optimizer, note | None)`; `params` are tensors or
+groups of them, the note says what was substituted and why."""
 OBJECTIVES: Registry[ObjectiveConfig] = Registry("objective", "finetune.training.objectives")
 """`OBJECTIVES.build(config, model)` -> an `Objective`."""
 TRACKERS: Registry[TrackingConfig] = Registry("tracking", "finetune.training.trackers")

@@ -23,6 +23,7 @@ from finetune.training.config import OPTIMIZERS, OptimConfig, TrainConfig
 from finetune.training.group import Group
 from finetune.training.held_out import HeldOut, seed_processes
 from finetune.training.mode import training_mode
+from finetune.training.optimizers.parameter_groups import grouped
 from finetune.training.progress import Progress
 from finetune.training.protocols import Objective, Tracker, TrainResult
 from finetune.training.run_directory import RunDirectory, require_space
@@ -75,7 +76,8 @@ def train(
     """
     group = Group(accelerator)
     parameters = adapter.trainable()
-    optimizer, note = OPTIMIZERS.build(optim, list(parameters.values()), config, group.device)
+    learning = grouped(parameters, adapter.learning_rate_scales())
+    optimizer, note = OPTIMIZERS.build(optim, learning, config, group.device)
     scaler = torch.amp.GradScaler(group.device.type, init_scale=LOSS_SCALE, enabled=config.dtype == "fp16")
     live = Live(parameters, optimizer, scaler, group)
     group.broadcast(parameters.values())

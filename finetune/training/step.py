@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.data.rows import Batch
+from finetune.training.optimizers.parameter_groups import SCALE
 from finetune.training.protocols import Objective
 from finetune.training.separation import MicroBatch
 from finetune.training.state import Live
@@ -64,7 +65,7 @@ class Stepper:
 
         Args:
             window: the rows.
-            learning_rate: of this step.
+            learning_rate: of this step; a parameter group may scale it.
             stop: whether this process was asked to stop; the answer for all of them comes back.
 
         Raises:
@@ -72,7 +73,7 @@ class Stepper:
         """
         optimizer, scaler, group = self.live.optimizer, self.live.scaler, self.live.group
         for settings in optimizer.param_groups:
-            settings["lr"] = learning_rate
+            settings["lr"] = learning_rate * settings.get(SCALE, 1.0)
         optimizer.zero_grad(set_to_none=True)
         with group.together():
             loss_sum, learnt = self._accumulate(window)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -131,6 +131,7 @@ def run_training(
     objective: Any = None,
     optim: Any = None,
     tracker: Any = None,
+    adapt: Callable[[nn.Module], Adapter] | None = None,
     **settings: Any,
 ) -> tuple[TrainResult, dict[str, torch.Tensor]]:
     """Start or resume a run; its result and the trained tensors."""
@@ -138,7 +139,7 @@ def run_training(
 
     accelerator = accelerator or Accelerator(cpu=True)
     model = model if model is not None else tiny_model()
-    adapter = HandMade(model, dropout)
+    adapter = HandMade(model, dropout) if adapt is None else adapt(model)
     config = TrainConfig(**{"dtype": "fp32", "learning_rate": 1e-2, "log_every": 1, "batch_size": 4, **settings})
 
     def open_run() -> RunDirectory:

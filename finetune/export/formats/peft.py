@@ -26,13 +26,14 @@ def write(source: ExportSource, directory: Path) -> Written:
     if adapter is None:
         raise UserError("there is no adapter to export: export.formats=[peft] needs one")
     write_adapter(adapter, source, directory)
-    if not read_config(directory).get("peft_type"):
+    config = read_config(directory)
+    if not config.get("peft_type"):
         raise UserError(f"PEFT has no method for adapter={adapter.config.name}: export the merged model instead")
     return Written(
         weights=sum(parameter.numel() for parameter in adapter.trainable().values()),
         base=source.base_path,
         base_quantization=source.quantization_config,
-        decode_base=not _stock_repeats(source),
+        decode_base=not _stock_repeats(source) or (bool(config.get("use_dora")) and _repacks(source)),
     )
 
 
@@ -50,6 +51,14 @@ def _stock_repeats(source: ExportSource) -> bool:
         and getattr(module, "threshold", True)  # at 0 bitsandbytes rounds all inputs to int8, we none
         for module in frozen
     )
+
+
+def _repacks(source: ExportSource) -> bool:
+    """Whether bitsandbytes repacks its weights in the first forward pass, from which PEFT's DoRA then takes norms.
+
+    It does so on CPUs, and decodes what it has repacked as if it had not.
+    """
+    return next(source.model.parameters()).device.type == "cpu"
 
 
 def _is_packed(module: object) -> bool:

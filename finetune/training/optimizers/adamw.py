@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from finetune.errors import ConfigError
 from finetune.training.config import OPTIMIZERS, OptimConfig, TrainConfig
+from finetune.training.optimizers.parameter_groups import Parameters
 
 
 @dataclass
@@ -47,7 +47,7 @@ class AdamWConfig(OptimConfig):
 
 @OPTIMIZERS.register(AdamWConfig)
 def build(
-    config: AdamWConfig, parameters: list[Tensor], train: TrainConfig, device: torch.device
+    config: AdamWConfig, parameters: Parameters, train: TrainConfig, device: torch.device
 ) -> tuple[torch.optim.Optimizer, str | None]:
     """torch's own AdamW."""
     return torch.optim.AdamW(parameters, **config.settings(train)), None

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from finetune.training.config import OPTIMIZERS, TrainConfig
 from finetune.training.optimizers.adamw import AdamWConfig
 from finetune.training.optimizers.bitsandbytes_state import build_or_adamw
+from finetune.training.optimizers.parameter_groups import Parameters
 
 
 @dataclass
@@ -21,7 +21,7 @@ class AdamW8bitConfig(AdamWConfig):
 
 @OPTIMIZERS.register(AdamW8bitConfig)
 def build(
-    config: AdamW8bitConfig, parameters: list[Tensor], train: TrainConfig, device: torch.device
+    config: AdamW8bitConfig, parameters: Parameters, train: TrainConfig, device: torch.device
 ) -> tuple[torch.optim.Optimizer, str | None]:
     """bitsandbytes' optimizer, else torch's AdamW and a line that says why."""
     return build_or_adamw("AdamW8bit", config.name, parameters, config.settings(train), device)

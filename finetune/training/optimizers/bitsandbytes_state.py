@@ -6,7 +6,8 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor
+
+from finetune.training.optimizers.parameter_groups import Parameters
 
 PAGED_FROM = 100_000
 """Elements from which bitsandbytes pages a state tensor (`Optimizer2State.get_state_buffer`); smaller ones stay
@@ -35,7 +36,7 @@ def works_here(optimizer_type: str, device: torch.device) -> str | None:
 
 
 def build_or_adamw(
-    optimizer_type: str, name: str, parameters: list[Tensor], settings: dict[str, Any], device: torch.device
+    optimizer_type: str, name: str, parameters: Parameters, settings: dict[str, Any], device: torch.device
 ) -> tuple[torch.optim.Optimizer, str | None]:
     """The bitsandbytes optimizer, or torch's AdamW with a line that says why."""
     reason = works_here(optimizer_type, device)
