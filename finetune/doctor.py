@@ -107,6 +107,7 @@ def describe(model_path: str) -> list[str]:
     """What of a model would be quantized and adapted, from its configuration alone; no weights are read."""
     from finetune.model.check import check_path
     from finetune.model.config import ModelConfig
+    from finetune.model.exchange import candidates
     from finetune.model.load import skeleton
     from finetune.structure import inspect
 
@@ -128,4 +129,4 @@ def describe(model_path: str) -> list[str]:
         for p in structure.projections
         if p.block == 0
     ]
-    return lines
+    return [*lines, f"open to fused CPU kernels, each tried against the original when loaded: {candidates(model)}"]
