@@ -50,7 +50,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "Llama": (GROUPED, {"norm": 5, "gated MLP": 2, "attention": 2, "rotary attention": 2}),
     "Qwen3": (GROUPED | {"head_dim": 16}, {"norm": 9, "gated MLP": 2, "attention": 2, "rotary attention": 2}),
     "Mistral": (GROUPED | {"sliding_window": 5}, {"norm": 5, "gated MLP": 2, "attention": 2, "rotary attention": 2}),
-    "Gemma2": (GROUPED | {"head_dim": 8}, {"norm": 9, "gated MLP": 2}),  # softcaps: eager attention
+    "Gemma2": (GROUPED | {"head_dim": 8, "attn_implementation": "eager"}, {"norm": 9, "gated MLP": 2}),  # softcaps
     "Gemma3Text": (
         GROUPED | {"head_dim": 8, "sliding_window": 5},
         {"norm": 13, "gated MLP": 2, "attention": 2, "rotary attention": 2},
@@ -99,7 +99,7 @@ def relative(found: Tensor, wanted: Tensor, least: float = 0.0) -> float:
 
 
 def check_gradients(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float) -> None:
-    """Each gradient against its own size, or a hundredth of the largest: that of a bias on keys is 0 but for rounding."""
+    """Each by its own size, or a hundredth of the largest: that of a bias on keys is 0 but for rounding."""
     least = 1e-2 * max(float(gradient.abs().max()) for gradient in wanted.values())
     assert found.keys() == wanted.keys()
     worst = {name: relative(found[name], gradient, least) for name, gradient in wanted.items()}
