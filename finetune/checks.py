@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from finetune.config import RunConfig
 from finetune.device import check_device
 from finetune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from finetune.adapters.base import Adapter
+    from finetune.export.base import Format
 
 
 def check(config: RunConfig) -> None:
@@ -53,7 +59,8 @@ def check_fit(config: RunConfig) -> None:
     """Whether the adapter fits the model, tried on a model without weights: before minutes go into loading them.
 
     Raises:
-        UserError: for a pattern that matches nothing, a rank above a matrix, one half of a tied pair.
+        UserError: for a pattern that matches nothing, a rank above a matrix, one half of a tied pair, an export that
+            the method cannot be written as.
     """
     import torch
 
@@ -61,4 +68,28 @@ def check_fit(config: RunConfig) -> None:
     from finetune.model.load import skeleton
 
     with torch.device("meta"):
-        attach(skeleton(config.model), config.adapter)
+        adapter = attach(skeleton(config.model), config.adapter)
+    check_exports(config.export.formats, adapter)
+
+
+def check_exports(names: Sequence[str], adapter: Adapter) -> None:
+    """Whether every format can be written of an adapter.
+
+    Raises:
+        ConfigError: for the first that cannot, with those that can.
+    """
+    from finetune.export.formats import chosen, formats
+
+    def fault(form: Format) -> str:
+        if form.needs_merge and not adapter.mergeable:
+            return f"it cannot be merged, because {adapter.obstacle}"
+        return "PEFT has no such method" if form.loader == "peft" and not adapter.in_peft else ""
+
+    for form in chosen(names):
+        if reason := fault(form):
+            able = ", ".join(name for name, other in formats().items() if not fault(other))
+            kept = "the run keeps the adapter itself in adapter/"
+            raise ConfigError(
+                f"export.formats: {form.name} cannot be written of adapter={adapter.config.name}: {reason};"
+                f" set export.formats=[{able}] ({kept})"
+            )

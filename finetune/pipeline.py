@@ -147,7 +147,7 @@ class Runner:
             self.accelerator,
             f"training {trained:,} adapter weights" + (f" beside {total:,} frozen ones" if total else ""),
         )
-        for note in self.loaded.notes:
+        for note in [self.adapter.note] * bool(self.adapter.note) + self.loaded.notes:
             self.run.note(note)
             say(self.accelerator, note)
         self.run.update(

@@ -84,6 +84,16 @@ class Adapter(ABC):
     def trainable(self) -> dict[str, nn.Parameter]:
         """Every tensor that trains, by its full name in the model; nothing else requires a gradient."""
 
+    @property
+    def note(self) -> str:
+        """A line on what trains, where that is not plain from the configuration; empty for none."""
+        return ""
+
+    @property
+    def in_peft(self) -> bool:
+        """Whether PEFT has the method, so that stock PEFT opens what `save` writes."""
+        return False
+
     def learning_rate_scales(self) -> dict[str, float]:
         """Factors on the learning rate, by names of `trainable()`; what is not among them learns at the plain rate."""
         return {}

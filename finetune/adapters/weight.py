@@ -224,6 +224,11 @@ class WeightAdapter(Adapter):
         """Weight adapters merge."""
         return True
 
+    @property
+    def in_peft(self) -> bool:
+        """Where adapter_config.json names one of PEFT's methods."""
+        return "peft_type" in self.file_config()
+
     @torch.no_grad()
     def merged(self) -> Iterator[tuple[str, Tensor]]:
         """Base names and merged weights in float32, decoded from what is stored, one at a time."""

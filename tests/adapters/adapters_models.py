@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 
 import torch
@@ -81,15 +82,25 @@ def dense_twin(family: str, quant: str = "dense", tied: bool | None = None) -> n
 
 
 def config_for(registry: Registry, method: str, family: str, **settings: object):
-    """A method's settings for a family; where it has no form for stacked experts they are left out."""
-    config = registry.type_of(method)(**settings)
-    try:
-        attach(frozen(family), config)
-    except ConfigError as error:
-        if "stacked experts" not in str(error):
-            raise
-        config = registry.type_of(method)(**settings, targets=["self_attn.*"])
-    return config
+    """A method's settings for a family: the first of those below that it does not refuse.
+
+    A method may have no form for stacked experts, and nothing to train where there are no biases.
+    """
+    config_type = registry.type_of(method)
+    known = {field.name for field in dataclasses.fields(config_type)}
+    refusal: ConfigError | None = None
+    for more in ({}, {"targets": ["self_attn.*"]}, {"bias": "all"}):
+        if not more.keys() <= known:
+            continue
+        config = config_type(**settings, **more)
+        try:
+            attach(frozen(family), config)
+        except ConfigError as error:
+            refusal = refusal or error
+        else:
+            return config
+    assert refusal is not None
+    raise refusal
 
 
 def randomize(adapter: Adapter, scale: float = 0.05) -> None:
