@@ -34,17 +34,25 @@ struct Constants {
   __m512i second;   // 16 in the bytes of the upper half
 };
 
+// absmax of the blocks from `first` on.
+struct Scales {
+  const float* values;
+  int64_t first;
+  int32_t shift;
+  const float* at(int64_t index) const { return values + ((index >> shift) - first); }
+};
+
 // R rows of w by M of x over one step at `index`, row and column of w; a step of 64 codes has WHOLE false.
 template <int M, int R, bool WHOLE>
 FT_TARGET_AVX512_BF16 inline __attribute__((always_inline)) void step(const Codebook4& weight, const Constants& is,
-                                                                      const float* scales, const bf16* packed,
+                                                                      const Scales& scales, const bf16* packed,
                                                                       int64_t index, __m512 (&sum)[R][M]) {
   const int64_t I = weight.columns;
   __m512i low[R], high[R], values[R];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
-    const float* scale = scales + ((index + r * I) >> weight.shift);
-    const float* next = WHOLE ? scales + ((index + r * I + 64) >> weight.shift) : scale;
+    const float* scale = scales.at(index + r * I);
+    const float* next = WHOLE ? scales.at(index + r * I + 64) : scale;
     values[r] = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(_mm512_mul_ps(is.table, _mm512_set1_ps(*next)),
                                                               _mm512_mul_ps(is.table, _mm512_set1_ps(*scale))));
     const uint8_t* at = weight.codes + ((index + r * I) >> 1);
@@ -73,7 +81,7 @@ FT_TARGET_AVX512_BF16 inline __attribute__((always_inline)) void step(const Code
 }
 
 template <int M, int R>
-FT_TARGET_AVX512_BF16 void dot(const Codebook4& weight, const float* scales, const bf16* packed, int64_t row,
+FT_TARGET_AVX512_BF16 void dot(const Codebook4& weight, const Scales& scales, const bf16* packed, int64_t row,
                                float (*sums)[MOST_ROWS]) {
   const Constants is{_mm512_loadu_ps(weight.table), _mm512_set1_epi8(15),
                      _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi8(16), 1)};
@@ -93,7 +101,7 @@ FT_TARGET_AVX512_BF16 void dot(const Codebook4& weight, const float* scales, con
     for (int m = 0; m < M; ++m) sums[r][m] = _mm512_reduce_add_ps(sum[r][m]);
 }
 
-using Dot = void (*)(const Codebook4&, const float*, const bf16*, int64_t, float (*)[MOST_ROWS]);
+using Dot = void (*)(const Codebook4&, const Scales&, const bf16*, int64_t, float (*)[MOST_ROWS]);
 // By M: several rows of w together, as many as leave the sums in registers, and one alone.
 constexpr Dot TOGETHER[] = {dot<1, 4>, dot<2, 4>, dot<3, 4>, dot<4, 4>, dot<5, 2>, dot<6, 2>, dot<7, 2>, dot<8, 2>};
 constexpr Dot ALONE[] = {dot<1, 1>, dot<2, 1>, dot<3, 1>, dot<4, 1>, dot<5, 1>, dot<6, 1>, dot<7, 1>, dot<8, 1>};
@@ -107,7 +115,7 @@ bool multiply(const Codebook4& weight, int64_t M, int64_t O, const bf16* packed,
   const int64_t blocks = ((end * I - 1) >> weight.shift) - block + 1;
   float* room = static_cast<float*>(scratch(SLOT_EXTRA, static_cast<size_t>(blocks) * sizeof(float)));
   if (!room) return false;
-  const float* scales = block_scales(weight, block, blocks, room) - block;
+  const Scales scales{block_scales(weight, block, blocks, room), block, weight.shift};
   for (int64_t o = begin; o < end;) {
     int64_t rows = end - o >= rows_together(M) ? rows_together(M) : 1;
     (rows > 1 ? TOGETHER : ALONE)[M - 1](weight, scales, packed, o, sums);
