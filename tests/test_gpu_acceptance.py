@@ -228,7 +228,17 @@ class TestKernels:
         for rows in kernels.TUNED:
             found = list(kernels.candidates(rows))
             assert found and all(plan.max_m == rows for plan in found)
-            assert all(plan.block_m >= 16 for plan in found if plan.kernel == "dot")
+            assert all(plan.kernel == "dot" and plan.block_m >= 16 for plan in found)
+
+    def test_tuning_keeps_the_rules_of_float32_and_stops_where_decoding_wins(self, kernels, monkeypatch):
+        from finetune.kernels import dispatch
+
+        times = iter([5.0, *[1.0] * 36, 1.0, *[5.0] * 36])  # decoding first, then candidates: fused wins, then loses
+        monkeypatch.setattr(kernels, "milliseconds", lambda call, repeat=0: next(times))
+        found = kernels.tune(Emitted(), CPU, "codebook4", kernels.LARGE)
+        assert [rule.kernel for rule in found] == ["sum", "dot"]
+        assert found[0] in dispatch.rules("default", "codebook4", "large")
+        assert next(times, None) is None
 
     def test_a_failing_benchmark_is_a_note(self, kernels, monkeypatch):
         def broken(emit, device):

@@ -29,7 +29,8 @@ class Fused:
 
     Attributes:
         max_m: rows up to which this rule is taken.
-        kernel: "sum" (plain sums, one to four rows) or "dot" (matrix units).
+        kernel: "dot" (matrix units, for inputs of 16 bits) or "sum" (plain sums, for a few rows of float32, which the
+            matrix units would round).
         block_m, block_o, block_k: rows, out features and in features of a tile; powers of two.
         warps, stages: what Triton compiles with.
         programs: how many should run: the in features are cut into parts where tiles of O are too few.
@@ -67,10 +68,9 @@ def choose(
         rows: of the input.
     """
     size = "large" if out_features * in_features >= LARGE else "small"
+    kernel = "sum" if dtype == torch.float32 else "dot"
     for rule in rules(device_kind(device), family, size):
-        if rows <= rule.max_m:
-            if dtype == torch.float32 and rule.kernel == "dot":
-                return None  # the matrix units would round float32 to tf32
+        if rule.kernel == kernel and rows <= rule.max_m:
             return rule.for_width(in_features)
     return None
 

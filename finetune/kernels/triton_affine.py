@@ -18,7 +18,7 @@ from torch import Tensor
 from finetune.kernels import dispatch
 from finetune.kernels.scratch import gradient_by_scratch, linear_by_scratch
 from finetune.kernels.triton_backend import EXACT, by_rows, flat_bytes, on
-from finetune.kernels.triton_product import fused_product
+from finetune.kernels.triton_product import Format, fused_product
 
 FUSED_BITS = (4, 8)
 SYMMETRIC, INTEGER, REAL = 0, 1, 2
@@ -60,18 +60,39 @@ def _dequantize(
 
 
 @triton.jit
-def _tile(codes, storage, rows, k0, I: tl.constexpr, BK: tl.constexpr, FORMAT: tl.constexpr):  # noqa: E741
-    """Decode of `fused_product`; groups are whole multiples of 32 columns."""
-    scale, zero = storage
+def _weights(codes, storage, rows, k0, I: tl.constexpr, BK: tl.constexpr, FORMAT: tl.constexpr):  # noqa: E741
+    """No group ends within 32 columns, so there is a scale for each row and 32 columns."""
     BITS: tl.constexpr = FORMAT[0]
     KIND: tl.constexpr = FORMAT[1]
     GROUP: tl.constexpr = FORMAT[2]
     BO: tl.constexpr = rows.shape[0]
     GROUPS: tl.constexpr = (I + GROUP - 1) // GROUP
     group = rows[:, None] * GROUPS + (k0 + 32 * tl.arange(0, BK // 32)[None, :]) // GROUP
-    s = tl.load(scale + group).to(tl.float32)[:, :, None]
-    z = s if KIND == 0 else tl.load(zero + group).to(tl.float32)[:, :, None]
-    return _value(codes.reshape(BO, BK // 32, 32), s, z, KIND, BITS).reshape(BO, BK)
+    scale = tl.load(storage[0] + group).to(tl.float32)[:, :, None]
+    zero = scale if KIND == 0 else tl.load(storage[1] + group).to(tl.float32)[:, :, None]
+    return _value(codes.reshape(BO, BK // 32, 32), scale, zero, KIND, BITS).reshape(BO, BK)
+
+
+@triton.jit
+def _values(codes, storage, dtype: tl.constexpr, FORMAT: tl.constexpr):
+    return codes.to(tl.float32).to(dtype)  # up to 255: exact in bfloat16
+
+
+@triton.jit
+def _scales(storage, rows, k0, I: tl.constexpr, FORMAT: tl.constexpr):  # noqa: E741
+    """Each kind of zero point as `code * scale + shift`."""
+    BITS: tl.constexpr = FORMAT[0]
+    KIND: tl.constexpr = FORMAT[1]
+    GROUP: tl.constexpr = FORMAT[2]
+    group = rows * ((I + GROUP - 1) // GROUP) + k0 // GROUP
+    scale = tl.load(storage[0] + group).to(tl.float32)
+    if KIND == 0:
+        shift = scale * -(1 << (BITS - 1))
+    elif KIND == 1:
+        shift = -tl.load(storage[1] + group).to(tl.float32) * scale
+    else:
+        shift = tl.load(storage[1] + group).to(tl.float32)
+    return scale, shift
 
 
 def kind_of(zero: Tensor | None) -> int:
@@ -141,18 +162,11 @@ def fused(
 ) -> Tensor:
     """The product with the decoding inside, where `fusible`."""
     group = x_MI.shape[1] if group_size < 0 else group_size
-    return fused_product(
-        x_MI,
-        bias_O,
-        flat_bytes(codes).view(torch.int32),
-        (flat_bytes(scale), flat_bytes(scale if zero is None else zero)),  # without a zero point it is not read
-        codes.shape[0],
-        bits=bits,
-        high_first=False,
-        decode=_tile,
-        settings=(bits, kind_of(zero), group),
-        plan=plan,
-    )
+    width = group & -group  # a tile is a power of two that divides the group
+    form = Format(bits, False, _weights, _values, _scales, True, width, (bits, kind_of(zero), group))
+    storage = (flat_bytes(scale), flat_bytes(scale if zero is None else zero))  # without a zero point it is not read
+    words = flat_bytes(codes).view(torch.int32)
+    return fused_product(form, plan, x_MI, bias_O, words, storage, codes.shape[0])
 
 
 def input_gradient(grad_BO: Tensor, *storage_and_width: Any) -> Tensor:

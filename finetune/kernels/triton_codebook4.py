@@ -22,7 +22,7 @@ from finetune.kernels import codebook as books
 from finetune.kernels import dispatch
 from finetune.kernels.scratch import gradient_by_scratch, linear_by_scratch
 from finetune.kernels.triton_backend import EXACT, flat_bytes, on
-from finetune.kernels.triton_product import fused_product
+from finetune.kernels.triton_product import Format, fused_product
 
 NESTED_BLOCK = tl.constexpr(256)
 SEGMENT = 16
@@ -65,15 +65,32 @@ def _dequantize(
 
 
 @triton.jit
-def _tile(codes, storage, rows, k0, I: tl.constexpr, BK: tl.constexpr, FORMAT: tl.constexpr):  # noqa: E741
-    """Decode of `fused_product`: 32 columns surely share an absmax, so there is one a row and 32 columns."""
-    absmax, nested, offset, table, dynamic = storage
+def _entries(codes, table):
+    """Entries of a table of 16. Gathered from shared memory: no address of 64 bits a weight."""
+    flat = tl.gather(tl.load(table + tl.arange(0, 16)), codes.reshape(codes.shape[0] * codes.shape[1]), 0)
+    return flat.reshape(codes.shape[0], codes.shape[1])
+
+
+@triton.jit
+def _weights(codes, storage, rows, k0, I: tl.constexpr, BK: tl.constexpr, FORMAT: tl.constexpr):  # noqa: E741
+    """32 columns surely share an absmax, so there is one for each row and 32 columns."""
+    absmax, nested, offset, dynamic, table, _ = storage
     BO: tl.constexpr = rows.shape[0]
     segment = (rows[:, None] * I + k0) // 32 + tl.arange(0, BK // 32)[None, :]
     scale = _scales(absmax, nested, offset, dynamic, segment * 32 // FORMAT[0], FORMAT[1])
-    # The table is gathered from registers or shared memory: no address in 64 bits a weight.
-    values = tl.gather(tl.load(table + tl.arange(0, 16)), codes.reshape(BO * BK), 0)
-    return (values.reshape(BO, BK // 32, 32) * scale[:, :, None]).reshape(BO, BK)
+    return (_entries(codes, table).reshape(BO, BK // 32, 32) * scale[:, :, None]).reshape(BO, BK)
+
+
+@triton.jit
+def _values(codes, storage, dtype: tl.constexpr, FORMAT: tl.constexpr):
+    return _entries(codes, storage[5]).to(dtype)
+
+
+@triton.jit
+def _tile_scales(storage, rows, k0, I: tl.constexpr, FORMAT: tl.constexpr):  # noqa: E741
+    absmax, nested, offset, dynamic, _, _ = storage
+    scale = _scales(absmax, nested, offset, dynamic, (rows * I + k0) // FORMAT[0], FORMAT[1])
+    return scale, scale
 
 
 @triton.jit
@@ -172,19 +189,13 @@ def fused(
     block_size: int,
 ) -> Tensor:
     """The product with the decoding inside; in features a multiple of 32, the codes on a 4-byte address."""
-    table, dynamic = books.table(codebook, x_MI.device), books.dynamic_map(x_MI.device)
-    return fused_product(
-        x_MI,
-        bias_O,
-        flat_bytes(packed).view(torch.int32),
-        (absmax, *_present(absmax, nested_absmax, offset), table, dynamic),
-        out_features,
-        bits=4,
-        high_first=True,
-        decode=_tile,
-        settings=(block_size, nested_absmax is not None),
-        plan=plan,
-    )
+    device = x_MI.device
+    nested = nested_absmax is not None
+    form = Format(4, True, _weights, _values, _tile_scales, False, block_size, (block_size, nested))
+    scales = (absmax, *_present(absmax, nested_absmax, offset), books.dynamic_map(device))
+    tables = (books.table(codebook, device), _rounded_table(codebook, x_MI.dtype, device))
+    words = flat_bytes(packed).view(torch.int32)
+    return fused_product(form, plan, x_MI, bias_O, words, (*scales, *tables), out_features)
 
 
 def input_gradient(grad_BO: Tensor, *storage_and_width: Any) -> Tensor:
@@ -210,6 +221,12 @@ def quantize(weight: Tensor, codebook: str, block_size: int) -> tuple[Tensor, Te
                 flat_N, packed_P1, absmax_G, mids, order, count, block_size, blocks, 1e-38, num_warps=4, **EXACT
             )
     return packed_P1, absmax_G
+
+
+@cache
+def _rounded_table(codebook: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return books.table(codebook, device).to(dtype)
 
 
 @cache

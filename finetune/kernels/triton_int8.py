@@ -19,7 +19,7 @@ from torch import Tensor
 from finetune.kernels import dispatch, int8
 from finetune.kernels.scratch import gradient_by_scratch, linear_by_scratch
 from finetune.kernels.triton_backend import EXACT, by_rows, flat_bytes, on
-from finetune.kernels.triton_product import fused_product
+from finetune.kernels.triton_product import Format, fused_product
 
 STEP = 1 / int8.LEVELS
 """What an absmax is multiplied by to give the value of code 1."""
@@ -39,10 +39,23 @@ def _dequantize(out, codes, absmax, I, STEP: tl.constexpr, BLOCK: tl.constexpr, 
 
 
 @triton.jit
-def _tile(codes, storage, rows, k0, I: tl.constexpr, BK: tl.constexpr, FORMAT: tl.constexpr):  # noqa: E741
-    """Decode of `fused_product`: codes come unsigned."""
-    signed = ((codes ^ 128) - 128).to(tl.float32)
-    return signed * (tl.load(storage[0] + rows) * FORMAT[0])[:, None]
+def _weights(codes, storage, rows, k0, I: tl.constexpr, BK: tl.constexpr, FORMAT: tl.constexpr):  # noqa: E741
+    scale, _ = _scales(storage, rows, k0, I, FORMAT)
+    return _values(codes, storage, tl.float32, FORMAT) * scale[:, None]
+
+
+@triton.jit
+def _values(codes, storage, dtype: tl.constexpr, FORMAT: tl.constexpr):
+    return ((codes ^ 128) - 128).to(tl.float32).to(dtype)  # codes come unsigned; in bfloat16 they are exact
+
+
+@triton.jit
+def _scales(storage, rows, k0, I: tl.constexpr, FORMAT: tl.constexpr):  # noqa: E741
+    scale = tl.load(storage[0] + rows) * FORMAT[0]
+    return scale, scale
+
+
+FORMAT = Format(8, False, _weights, _values, _scales, False, -1, (STEP,))
 
 
 def decode_into(out: Tensor, codes: Tensor, absmax: Tensor) -> None:
@@ -76,18 +89,8 @@ def linear(x_BI: Tensor, bias_O: Tensor | None, codes: Tensor, absmax: Tensor, o
 
 def fused(plan: dispatch.Fused, x_MI: Tensor, bias_O: Tensor | None, codes: Tensor, absmax: Tensor) -> Tensor:
     """The product with the decoding inside; in features a multiple of 32, the codes on a 4-byte address."""
-    return fused_product(
-        x_MI,
-        bias_O,
-        flat_bytes(codes).view(torch.int32),
-        (flat_bytes(absmax),),
-        codes.shape[0],
-        bits=8,
-        high_first=False,
-        decode=_tile,
-        settings=(STEP,),
-        plan=plan,
-    )
+    words = flat_bytes(codes).view(torch.int32)
+    return fused_product(FORMAT, plan, x_MI, bias_O, words, (flat_bytes(absmax),), codes.shape[0])
 
 
 def input_gradient(grad_BO: Tensor, *storage_and_width: Any) -> Tensor:

@@ -58,7 +58,8 @@ def main() -> None:
         triton_affine.dequantize(stacks[bits], scale, zero, bits, 64, list(codes.shape), torch.bfloat16)
     rules = dispatch.rules("default", "codebook4", "large")
     for rule in (rules[0], rules[1], rules[-1]):
-        x_MI = torch.zeros(rule.block_m, in_features, dtype=torch.bfloat16)
+        dtype = torch.float32 if rule.kernel == "sum" else torch.bfloat16
+        x_MI = torch.zeros(rule.block_m, in_features, dtype=dtype)
         plan = rule.for_width(in_features)
         triton_codebook4.fused(plan, x_MI, None, out_features, *codebook4[1], "nf4", 64)
         triton_int8.fused(plan, x_MI, torch.zeros(out_features), codes, torch.zeros(out_features))
