@@ -17,8 +17,10 @@ from torch import Tensor
 
 from finetune.export.formats import bnb_nf4, safetensors
 from finetune.export.merge import Stock, merged_weights
+from finetune.quant.affine import Int3Config
 from finetune.quant.codebook4 import Codebook4Linear
 from finetune.quant.dense import DenseConfig
+from finetune.quant.int8_storage import Int8Config
 from finetune.quant.nf4 import NF4Config
 
 IDS = torch.tensor([[5, 8, 11, 14, 17, 20], [9, 12, 15, 18, 21, 24]])
@@ -57,7 +59,11 @@ def live_logits(trained: Trained) -> Tensor:
         return trained.source.model(input_ids=IDS, use_cache=False).logits
 
 
-@pytest.mark.parametrize("quant", [NF4Config(), DenseConfig()], ids=["nf4", "dense"])
+@pytest.mark.parametrize(
+    "quant",
+    [NF4Config(), DenseConfig(), Int8Config(threshold=0), Int3Config()],
+    ids=["nf4", "dense", "int8", "int3"],
+)
 @pytest.mark.parametrize("config", [llama, gpt2, mixtral], ids=["llama", "gpt2", "mixtral"])
 def test_merged_equals_the_adapted_model_that_has_run(
     make_trained: Callable[..., Trained], config: Callable[[], Any], quant: Any, tmp_path: Path

@@ -26,6 +26,9 @@ from finetune.export.config import ExportConfig
 from finetune.export.export import export, unlike
 from finetune.export.formats import safetensors
 from finetune.export.verify import still
+from finetune.quant.affine import Int4Config
+from finetune.quant.base import QuantConfig
+from finetune.quant.int8_storage import Int8Config
 from finetune.quant.nf4 import NF4Config
 
 CLIENT = Path(client.SCRIPT)
@@ -149,10 +152,18 @@ def test_an_adapter_that_cannot_be_merged_leaves_the_others(
 
 
 @pytest.mark.slow
-def test_peft_on_a_base_that_stock_cannot_quantize_alike(make_trained: Callable[..., Trained], tmp_path: Path) -> None:
-    trained = make_trained(llama(), NF4Config(block_size=32))
+@pytest.mark.parametrize(
+    ("quant", "most_kl"),
+    [(NF4Config(block_size=32), 1e-5), (Int4Config(), 1e-5), (Int8Config(threshold=0), 1e-5), (Int8Config(), 3e-3)],
+    ids=["nf4-32", "int4", "int8-weight-only", "llm-int8"],
+)
+def test_peft_on_bases_that_stock_quantizes_otherwise_or_alike(
+    make_trained: Callable[..., Trained], tmp_path: Path, quant: QuantConfig, most_kl: float
+) -> None:
+    """LLM.int8() alone is repeated by stock; an input a rounding apart gets another code there now and then."""
+    trained = make_trained(llama(), quant)
     proof = one(trained.source, tmp_path, "peft", trained.rows)
-    assert proof.passed and proof.kl_mean < 1e-5, proof.reason
+    assert proof.passed and proof.kl_mean < most_kl, proof.reason
 
 
 @pytest.mark.slow
