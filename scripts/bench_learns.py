@@ -1,8 +1,9 @@
-"""Does LoRA on an NF4 base learn as well as on the dense one? `python scripts/bench_learns.py`, with another base
-by `--story-model DIR --story-data FILE`.
+"""Does LoRA on an NF4 base learn as well as on the dense one, and do bf16 adapters as well as float32 ones?
 
-Runs train.py for each base, storage and seed, and writes the held-out losses to benchmarks/results/learns.json.
-Rows already in the file are kept, so an interrupted benchmark goes on where it stopped.
+`python scripts/bench_learns.py`, with another base by `--story-model DIR --story-data FILE`; the second question by
+`--compare adapter`. Runs train.py for each base, choice and seed, and writes the held-out losses to
+benchmarks/results/learns.json or learns_adapter.json. Rows already in the file are kept, so an interrupted benchmark
+goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -12,20 +13,50 @@ import json
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 from machine import describe_machine
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "learns.json"
-STORAGES = ("none", "nf4")
-COMMON = ["export.formats=[]", "tracking=off", "train.samples=0", "train.preflight=false", "train.dtype=fp32"]
+RESULTS = ROOT / "benchmarks" / "results"
+COMMON = ["export.formats=[]", "tracking=off", "train.samples=0", "train.preflight=false"]
+SHORT = ["train.max_steps=150", "train.eval_every=50", "train.save_every=null"]
 
 
-def tasks(story_model: str | None, story_data: str | None) -> dict[str, list[str]]:
+@dataclass(frozen=True)
+class Comparison:
+    """Two values of one key.
+
+    Attributes:
+        key, values: of the configuration; the first value is the reference.
+        names: what the values are called in print.
+        common: overrides of all runs.
+    """
+
+    key: str
+    values: tuple[str, str]
+    names: tuple[str, str]
+    file: str
+    common: tuple[str, ...]
+
+
+COMPARISONS = {
+    "storage": Comparison("quant", ("none", "nf4"), ("dense", "NF4"), "learns.json", ("train.dtype=fp32",)),
+    "adapter": Comparison(
+        "adapter.dtype", ("fp32", "bf16"), ("float32", "bf16"), "learns_adapter.json", ("train.dtype=bf16", "quant=nf4")
+    ),
+}
+
+
+def tasks(compare: str, story_model: str | None, story_data: str | None) -> dict[str, list[str]]:
     """Overrides of each task by its name."""
-    found = {"embedded base, pydocs": ["train.max_steps=150", "train.eval_every=50", "train.save_every=null"]}
+    embedded = "embedded base, pydocs"
+    if compare == "adapter":
+        headline = ["adapter.rank=64", "adapter.alpha=16", "train.learning_rate=1e-4", "train.schedule=constant"]
+        return {embedded: SHORT, f"{embedded}, rank and learning rate of qlora_33b": [*SHORT, *headline]}
+    found = {embedded: SHORT}
     if story_model and story_data:
         # The gap closes while it trains, so a short run is kept on record beside the full one.
         for name, rows, steps in (("TinyStories", 8, 300), ("TinyStories, short", 2, 150)):
@@ -41,10 +72,10 @@ def tasks(story_model: str | None, story_data: str | None) -> dict[str, list[str
     return found
 
 
-def one_run(overrides: list[str], storage: str, seed: int) -> dict[str, float]:
+def one_run(overrides: list[str]) -> dict[str, float]:
     """Train once in a directory of its own; first and last held-out loss, nats a token."""
     with tempfile.TemporaryDirectory() as directory:
-        arguments = [*COMMON, *overrides, f"quant={storage}", f"seed={seed}", f"output_dir={directory}/run"]
+        arguments = [*COMMON, *overrides, f"output_dir={directory}/run"]
         subprocess.run([sys.executable, "train.py", *arguments], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         lines = [
             json.loads(line) for line in (Path(directory) / "run" / "metrics.jsonl").read_text("utf-8").splitlines()
@@ -54,28 +85,36 @@ def one_run(overrides: list[str], storage: str, seed: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Fill in the missing rows, then print how far NF4 is from dense."""
+    """Fill in the missing rows, then print how far the second value is from the first."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--compare", choices=COMPARISONS, default="storage")
     parser.add_argument("--story-model", help="a second base: directory of a small pretrained model")
     parser.add_argument("--story-data", help="its rows")
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
-    rows = json.loads(RESULTS.read_text("utf-8"))["rows"] if RESULTS.is_file() else []
-    for task, overrides in tasks(options.story_model, options.story_data).items():
+    compared = COMPARISONS[options.compare]
+    file = RESULTS / compared.file
+    rows = json.loads(file.read_text("utf-8"))["rows"] if file.is_file() else []
+    for task, overrides in tasks(options.compare, options.story_model, options.story_data).items():
         for seed in range(options.seeds):
-            for storage in STORAGES:
-                key = {"task": task, "quant": storage, "seed": seed}
+            for value in compared.values:
+                key = {"task": task, compared.key: value, "seed": seed}
                 if any(all(row[name] == value for name, value in key.items()) for row in rows):
                     continue
-                rows.append({**key, **one_run(overrides, storage, seed)})
+                settings = [*compared.common, *overrides, f"{compared.key}={value}", f"seed={seed}"]
+                rows.append({**key, **one_run(settings)})
                 print(json.dumps(rows[-1]), flush=True)
-                RESULTS.write_text(json.dumps({"machine": describe_machine(), "rows": rows}, indent=1) + "\n", "utf-8")
+                file.write_text(json.dumps({"machine": describe_machine(), "rows": rows}, indent=1) + "\n", "utf-8")
     for task in dict.fromkeys(row["task"] for row in rows):
         for seed in sorted({row["seed"] for row in rows if row["task"] == task}):
-            loss = {row["quant"]: row["eval_loss_last"] for row in rows if (row["task"], row["seed"]) == (task, seed)}
-            if set(loss) == set(STORAGES):
-                dense, nf4 = loss["none"], loss["nf4"]
-                print(f"{task}, seed {seed}: dense {dense:.4f}, NF4 {nf4:.4f}, ratio {nf4 / dense:.4f}")
+            same = [row for row in rows if (row["task"], row["seed"]) == (task, seed)]
+            loss = {row[compared.key]: row["eval_loss_last"] for row in same}
+            if set(loss) == set(compared.values):
+                first, second = (loss[value] for value in compared.values)
+                names = compared.names
+                print(
+                    f"{task}, seed {seed}: {names[0]} {first:.4f}, {names[1]} {second:.4f}, ratio {second / first:.4f}"
+                )
 
 
 if __name__ == "__main__":

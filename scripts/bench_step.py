@@ -1,8 +1,9 @@
-"""A QLoRA training step against PEFT + bitsandbytes: `python scripts/bench_step.py --sizes 25m,160m --rounds 3`.
+"""A QLoRA training step against PEFT + bitsandbytes: `python scripts/bench_step.py`, and again with `--threads 2`.
 
 The same random Llama, LoRA r=16 on all linears, data, seed and AdamW for each engine. Engines take turns, each round in
-a process of its own; step times are CPU time of one thread, medians over the rounds, written to
-benchmarks/results/step_cpu.json.
+a process of its own; medians over the rounds go to benchmarks/results/step_cpu.json. With one thread a step's time is
+its CPU time, which other work on the machine hardly changes; with more it is wall time, and wants a quiet machine. The
+first engine is what the others are compared with; its losses have to stay within 1 % of the rivals' at every step.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 from machine import describe_machine  # noqa: E402
@@ -25,6 +28,8 @@ SIZES = {  # hidden, intermediate, layers, heads, vocabulary
     "25m": (384, 1024, 8, 6, 16000),
     "160m": (768, 2048, 12, 12, 32000),
 }
+WARM_UP = 2
+"""Steps before the clock counts."""
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -50,8 +55,8 @@ def random_llama(size: str):
     return LlamaForCausalLM(config).to(torch.bfloat16)
 
 
-def ours(size: str) -> tuple[list, Callable]:
-    """finetune: NF4 with double quantization, LoRA, chunked cross entropy."""
+def ours(size: str, adapter_dtype: str = "fp32") -> tuple[list, Callable]:
+    """finetune: NF4 with double quantization, LoRA in the default float32, fused modules, chunked cross entropy."""
     import torch
 
     import finetune.structure as structure
@@ -68,7 +73,7 @@ def ours(size: str) -> tuple[list, Callable]:
     freeze(model, NF4Config(), structure.inspect(model))
     exchange(model)
     torch.manual_seed(2)
-    adapter = attach(model, LoRAConfig(rank=16, alpha=32))
+    adapter = attach(model, LoRAConfig(rank=16, alpha=32, dtype=adapter_dtype))
     objective = OBJECTIVES.build(SFTConfig(), model)
     model.train()
 
@@ -84,7 +89,6 @@ def peft_bitsandbytes(size: str) -> tuple[list, Callable]:
     """PEFT over bitsandbytes' NF4 with double quantization, as its users run it."""
     import bitsandbytes as bnb
     import torch
-    from peft import LoraConfig, get_peft_model
 
     model = random_llama(size)
     for name, module in list(model.named_modules()):
@@ -103,6 +107,19 @@ def peft_bitsandbytes(size: str) -> tuple[list, Callable]:
         )
         model.set_submodule(name, linear.to("cpu"))
     model.is_loaded_in_4bit = True
+    return with_peft(model)
+
+
+def peft_bf16(size: str) -> tuple[list, Callable]:
+    """PEFT over the dense base in bfloat16."""
+    return with_peft(random_llama(size))
+
+
+def with_peft(model) -> tuple[list, Callable]:
+    """PEFT's LoRA on a base, and the model's own loss."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     torch.manual_seed(2)
@@ -114,7 +131,12 @@ def peft_bitsandbytes(size: str) -> tuple[list, Callable]:
     return [p for p in model.parameters() if p.requires_grad], lambda ids: model(input_ids=ids, labels=ids).loss
 
 
-ENGINES = {"finetune": ours, "peft+bitsandbytes": peft_bitsandbytes}
+ENGINES: dict[str, Callable[[str], tuple[list, Callable]]] = {
+    "finetune": ours,
+    "finetune, bf16 adapters": lambda size: ours(size, "bf16"),
+    "peft+bitsandbytes": peft_bitsandbytes,
+    "peft bf16": peft_bf16,
+}
 
 
 def batches(size: str, count: int):
@@ -137,12 +159,13 @@ def memory(field: str) -> int:
     return 0
 
 
-def measure(engine: str, size: str, steps: int) -> dict[str, object]:
-    """Train a few steps; median CPU seconds a step and the peak of resident memory above the imports, in bytes."""
+def measure(engine: str, size: str, steps: int, threads: int) -> dict[str, Any]:
+    """Train a few steps; median seconds a step and the peak of resident memory above the imports, in bytes."""
     import torch
     import transformers  # noqa: F401
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
+    clock = time.process_time if threads == 1 else time.perf_counter
     base = memory("VmRSS")
     parameters, loss_of = ENGINES[engine](size)
     gc.collect()
@@ -150,60 +173,70 @@ def measure(engine: str, size: str, steps: int) -> dict[str, object]:
     optimizer = torch.optim.AdamW(parameters, lr=2e-4, weight_decay=0.0)
     losses, seconds = [], []
     for ids in batches(size, steps):
-        start = time.process_time()
+        start = clock()
         loss = loss_of(ids)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(round(loss.item(), 4))
-        seconds.append(time.process_time() - start)
-    step = statistics.median(seconds[2:])
-    return {
-        "engine": engine,
-        "size": size,
-        "step_seconds": step,
-        "tokens_per_second": 1024 / step,
-        "losses": losses,
-        "peak_bytes": memory("VmHWM") - base,
-    }
+        seconds.append(clock() - start)
+    step = statistics.median(seconds[WARM_UP:])
+    return {"step_seconds": step, "peak_bytes": memory("VmHWM") - base, "losses": losses}
+
+
+def take_turns(size: str, rounds: int, steps: int, threads: int) -> list[dict[str, Any]]:
+    """Medians over the rounds, a row for each engine."""
+    runs: dict[str, list[dict[str, Any]]] = {engine: [] for engine in ENGINES}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    for _ in range(rounds):
+        for engine in ENGINES:
+            command = [sys.executable, __file__, "--engine", engine, "--sizes", size]
+            command += ["--steps", str(steps), "--threads", str(threads)]
+            done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+            runs[engine].append(json.loads(done.stdout.splitlines()[-1]))
+    rows = []
+    for engine, found in runs.items():
+        step, peak = (statistics.median(run[key] for run in found) for key in ("step_seconds", "peak_bytes"))
+        figures = {"step_seconds": step, "tokens_per_second": 1024 / step, "peak_bytes": peak}
+        row = {"engine": engine, "size": size, "threads": threads, "rounds": rounds, **figures}
+        rows.append({**row, "losses": found[0]["losses"]})
+    return rows
+
+
+def compare(rows: list[dict[str, Any]]) -> None:
+    """Print the first engine's speed and memory against the others', and how far their losses are apart."""
+    mine, *others = rows
+    for row in others:
+        speed = mine["tokens_per_second"] / row["tokens_per_second"]
+        memory_share = mine["peak_bytes"] / row["peak_bytes"]
+        apart = max(abs(a - b) / b for a, b in zip(mine["losses"], row["losses"], strict=True))
+        verdict = "within" if apart <= 0.01 else "NOT WITHIN"
+        print(
+            f"{mine['size']}, {mine['threads']} threads: {speed:.2f}x the speed and {memory_share:.2f}x the memory of"
+            f" {row['engine']}; losses differ by {apart:.2%} at most, {verdict} 1 %",
+            flush=True,
+        )
 
 
 def main() -> None:
-    """Let the engines take turns and write the medians."""
+    """Let the engines take turns, write the medians and compare."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", default="25m,160m")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--threads", type=int, default=1, help="1 measures CPU time, more wall time")
     parser.add_argument("--engine", choices=ENGINES, help="one measurement in this process, printed as JSON")
     options = parser.parse_args()
     if options.engine:
-        print(json.dumps(measure(options.engine, options.sizes, options.steps)))
+        print(json.dumps(measure(options.engine, options.sizes, options.steps, options.threads)))
         return
-    rows = []
+    rows = json.loads(RESULTS.read_text("utf-8"))["rows"] if RESULTS.is_file() else []
+    rows = [row for row in rows if row.get("threads") not in (None, options.threads)]
     for size in options.sizes.split(","):
-        runs: dict[str, list[dict]] = {engine: [] for engine in ENGINES}
-        for _ in range(options.rounds):
-            for engine in ENGINES:
-                command = [sys.executable, __file__, "--engine", engine, "--sizes", size, "--steps", str(options.steps)]
-                done = subprocess.run(command, check=True, capture_output=True, text=True)
-                runs[engine].append(json.loads(done.stdout.splitlines()[-1]))
-        for engine, found in runs.items():
-            middle = {
-                key: statistics.median(run[key] for run in found)
-                for key in ("step_seconds", "tokens_per_second", "peak_bytes")
-            }
-            rows.append(
-                {"engine": engine, "size": size, "rounds": options.rounds, **middle, "losses": found[0]["losses"]}
-            )
-            print(json.dumps(rows[-1]), flush=True)
-        mine, theirs = rows[-2], rows[-1]
-        print(
-            f"{size}: speed {mine['tokens_per_second'] / theirs['tokens_per_second']:.2f}x, "
-            f"memory {mine['peak_bytes'] / theirs['peak_bytes']:.2f}x of {theirs['engine']}"
-        )
-    RESULTS.write_text(
-        json.dumps({"machine": describe_machine(), "threads": 1, "rows": rows}, indent=1) + "\n", "utf-8"
-    )
+        found = take_turns(size, options.rounds, options.steps, options.threads)
+        rows += found
+        compare(found)
+    RESULTS.write_text(json.dumps({"machine": describe_machine(), "rows": rows}, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

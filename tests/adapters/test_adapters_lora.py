@@ -14,6 +14,7 @@ from finetune.adapters.attach import attach
 from finetune.adapters.lora import LoRAConfig
 from finetune.adapters.lora_layers import LoRAExperts, LoRALinear
 from finetune.errors import ConfigError
+from finetune.kernels.dropout import draw_kept, zero_dropped
 from finetune.quant.dense import DenseLinear
 from finetune.quant.freeze import freeze
 from finetune.quant.nf4 import NF4Config
@@ -96,7 +97,7 @@ def test_dropout_falls_on_the_input_of_a_alone_and_only_in_training() -> None:
     torch.manual_seed(1)
     seen = layer(x) - base(x)
     torch.manual_seed(1)
-    wanted = F.dropout(x, 0.5) @ layer.lora_A.weight.T @ layer.lora_B.weight.T
+    wanted = zero_dropped(x, draw_kept(x, 0.5)) / 0.5 @ layer.lora_A.weight.T @ layer.lora_B.weight.T
     assert torch.allclose(seen, wanted, atol=1e-5)
 
 
