@@ -44,11 +44,11 @@ constexpr int64_t GROUP = 8;  // rows that are decoded before their pairs are in
 // Above these M decoding everything and the vendor's product are faster where there are no tiles.
 constexpr int64_t MOST_ROWS_WITHOUT_TILES = 64;
 
-// Between rows of a forward panel: an odd number of cache lines, so that rows do not share their sets.
-int64_t row_spacing(int64_t depth) { return (ceil_div(depth, DEPTH) | 1) * DEPTH; }
+// Between rows of decoded numbers: an odd number of cache lines, so that rows do not share their sets.
+int64_t row_spacing(int64_t columns) { return (ceil_div(columns, DEPTH) | 1) * DEPTH; }
 
 size_t panel_bytes(const Job& job) {
-  int64_t cells = job.transposed ? job.width * row_spacing(job.depth) : (job.depth + GROUP) * job.width;
+  int64_t cells = job.transposed ? job.width * row_spacing(job.depth) : job.depth * job.width + GROUP * row_spacing(job.width);
   return static_cast<size_t>(cells) * sizeof(bf16);
 }
 
@@ -64,14 +64,14 @@ void fill_rows(const Job& job, int64_t n, int64_t width, int64_t k, int64_t dept
 
 // Rows k.. of w, columns n.., as B; rows beyond K are zero. A few rows at a time, which stay in the first-level cache.
 void fill_columns(const Job& job, int64_t n, int64_t width, int64_t k, int64_t depth, bf16* panel) {
-  int64_t steps = ceil_div(depth, DEPTH), columns = ceil_div(width, BLOCK) * BLOCK;
+  int64_t steps = ceil_div(depth, DEPTH), columns = ceil_div(width, BLOCK) * BLOCK, spacing = row_spacing(width);
   bf16* rows = panel + job.depth * job.width;
   for (int64_t first = 0; first < steps * DEPTH; first += GROUP) {
     int64_t count = std::max<int64_t>(0, std::min(GROUP, depth - first));
-    if (count) job.decoder->panel(job.decoder->weight, k + first, count, n, width, rows, columns);
-    std::memset(rows + count * columns, 0, static_cast<size_t>((GROUP - count) * columns) * sizeof(bf16));
+    if (count) job.decoder->panel(job.decoder->weight, k + first, count, n, width, rows, spacing);
+    std::memset(rows + count * spacing, 0, static_cast<size_t>((GROUP - count) * spacing) * sizeof(bf16));
     bf16* tiles = panel + first / DEPTH * 2 * CELLS + first % DEPTH / 2 * DEPTH;
-    interleave(rows, GROUP, columns, tiles, steps * 2 * CELLS);
+    interleave(rows, spacing, GROUP, columns, tiles, steps * 2 * CELLS);
   }
 }
 

@@ -19,6 +19,11 @@ const TileConfig CONFIG;
 
 constexpr int LINE = 64;  // bytes of a line of a packed tile
 
+// Granite Rapids stalls for some 230 ns at a tile store that comes more than 20 steps after the one before (seen with
+// loads from the second-level cache; no fence or branch cures it). A store now and then that nobody reads does: a block
+// of 32 steps takes 1.04 us in the place of 1.27.
+constexpr int64_t STORE_EVERY = 8;
+
 // C += A @ B of three tiles. A macro, since gcc puts the tiles' numbers into the text of the instruction.
 #define FT_TILE_PRODUCT(c, a, b) \
   do {                           \
@@ -35,6 +40,7 @@ FT_TARGET_AMX void multiply(const Block& block) {
   const bf16* b = block.b;
   const int64_t a_row = block.a_row * static_cast<int64_t>(sizeof(bf16));
   const int64_t second = TILE * block.a_row;
+  alignas(64) char unread[TILE * LINE];
   if (block.add) {
     _tile_loadd(0, block.c, C_ROW);
     if (B_TILES > 1) _tile_loadd(1, block.c + TILE, C_ROW);
@@ -59,6 +65,7 @@ FT_TARGET_AMX void multiply(const Block& block) {
       FT_TILE_PRODUCT(2, 5, 6);
     }
     if (A_TILES > 1 && B_TILES > 1) FT_TILE_PRODUCT(3, 5, 7);
+    if (step % STORE_EVERY == STORE_EVERY - 1) _tile_stored(4, unread, LINE);
   }
   _tile_stored(0, block.c, C_ROW);
   if (B_TILES > 1) _tile_stored(1, block.c + TILE, C_ROW);

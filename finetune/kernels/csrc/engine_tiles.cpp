@@ -85,25 +85,25 @@ void pack_rows(const bf16* rows, int64_t M, int64_t K, int64_t strip, bf16* pack
   pack_few(rows + strip * BLOCK * K, M - strip * BLOCK, K, strip_tiles(strip, M) * TILE, packed);
 }
 
-FT_TARGET_AVX512_BF16 void interleave(const bf16* rows, int64_t count, int64_t columns, bf16* tiles,
+FT_TARGET_AVX512_BF16 void interleave(const bf16* rows, int64_t stride, int64_t count, int64_t columns, bf16* tiles,
                                       int64_t spacing) {
-  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
-                                       5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
   for (int64_t column = 0; column < columns; column += BLOCK, tiles += spacing)
     for (int64_t pair = 0; pair < count / 2; ++pair) {
-      __m512i even = _mm512_loadu_si512(rows + 2 * pair * columns + column);
-      __m512i odd = _mm512_loadu_si512(rows + (2 * pair + 1) * columns + column);
-      _mm512_store_si512(tiles + pair * DEPTH, _mm512_permutex2var_epi16(even, low, odd));
-      _mm512_store_si512(tiles + CELLS + pair * DEPTH, _mm512_permutex2var_epi16(even, high, odd));
+      __m512i even = _mm512_loadu_si512(rows + 2 * pair * stride + column);
+      __m512i odd = _mm512_loadu_si512(rows + (2 * pair + 1) * stride + column);
+      _mm512_store_si512(tiles + pair * DEPTH, _mm512_unpacklo_epi16(even, odd));
+      _mm512_store_si512(tiles + CELLS + pair * DEPTH, _mm512_unpackhi_epi16(even, odd));
     }
 }
 
 FT_TARGET_AVX512_BF16 void store_rows(const float* c, int64_t rows, int64_t columns, bf16* out, int64_t stride) {
+  // Undoes the order of `interleave`: columns 8 q + j, j < 4, are in the first tile, and the other four in the second.
+  const __m512i order = _mm512_set_epi16(31, 30, 29, 28, 15, 14, 13, 12, 27, 26, 25, 24, 11, 10, 9, 8, 23, 22, 21, 20, 7,
+                                         6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
   __mmask32 mask = first_words(columns);
   for (int64_t r = 0; r < rows; ++r) {
     __m512i line = narrowed(_mm512_load_ps(c + r * BLOCK), _mm512_load_ps(c + r * BLOCK + TILE));
-    _mm512_mask_storeu_epi16(out + r * stride, mask, line);
+    _mm512_mask_storeu_epi16(out + r * stride, mask, _mm512_permutexvar_epi16(order, line));
   }
 }
 
