@@ -2,7 +2,7 @@
 
 Triton serves CUDA, ROCm (whose torch says "cuda" as well) and, with Intel's build, XPU. Nothing is imported or probed
 before the first tensor on such a device arrives: `register` leaves a small function with the dispatcher that imports
-its module then. Without Triton the reference in plain torch serves these devices too.
+its module then. Without Triton, or with `FINETUNE_TRITON=off`, the reference in plain torch serves these devices too.
 
 Triton's interpreter (`TRITON_INTERPRET=1` in the environment before the import) runs the same kernels on CPU tensors;
 the tests call the modules' functions directly for that.
@@ -11,9 +11,13 @@ the tests call the modules' functions directly for that.
 from __future__ import annotations
 
 import os
+import shutil
+import sysconfig
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -27,14 +31,26 @@ EXACT = {"enable_fp_fusion": False}
 """Launch option: no fused multiply-add where separate roundings are promised bit for bit."""
 
 
-def installed() -> bool:
-    """Whether Triton can be imported."""
-    return find_spec("triton") is not None
+@cache
+def why_off() -> str | None:
+    """Why Triton's kernels cannot be used on any device; None where they can, as far as that shows without a device.
+
+    Triton builds its launchers with a C compiler on the machine that it runs on.
+    """
+    if os.environ.get("FINETUNE_TRITON") == "off":
+        return "FINETUNE_TRITON=off"
+    if find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton wants a C compiler, and there is neither gcc nor clang here"
+    if not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
+        return "Triton wants the headers of Python, and there is no Python.h here"
+    return None
 
 
 def register(operator: str, module: str, function: str) -> None:
-    """Make `finetune.kernels.<module>.<function>` serve an operator on the devices of Triton, where Triton is."""
-    if not installed():
+    """Make `finetune.kernels.<module>.<function>` serve an operator on the devices of Triton, where Triton can work."""
+    if why_off() is not None:
         return
 
     def serve(*arguments: Any) -> Any:

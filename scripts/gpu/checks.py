@@ -238,6 +238,45 @@ def splitting(device: torch.device) -> float:
     return worst
 
 
+def around_products(device: torch.device) -> float:
+    """RMSNorm, gated activations, rotary embedding, each with its backward, against the references in plain torch."""
+    from finetune.kernels import activation, norm, rope, triton_fused
+
+    worst = 0.0
+
+    def compare(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], what: str) -> None:
+        nonlocal worst
+        for one, other in zip(found, expected, strict=True):
+            assert one.shape == other.shape and one.dtype == other.dtype, what
+            if other.numel():
+                worst = max(worst, close(one, other.double(), what))
+
+    for dtype in ROUNDING:
+        for shape in ((3, 5, 96), (2, 1000), (1, 2100)):
+            x, grad, gain = (draw(*size, seed=k).to(dtype) for k, size in enumerate((shape, shape, (shape[-1],))))
+            y, inverse = norm.reference(x, gain, 1e-6, 1.0)
+            here = (x.to(device), gain.to(device))
+            compare(triton_fused.rms_norm(*here, 1e-6, 1.0), (y, inverse), f"rms_norm {shape} {dtype}")
+            found = triton_fused.rms_norm_backward(grad.to(device), *here, inverse.to(device), 1.0, False)
+            expected = norm.reference_backward(grad, x, gain, inverse, 1.0, False)
+            compare(found, expected, f"rms_norm gradient {shape} {dtype}")
+        for name in activation.ACTIVATIONS:
+            both, grad = draw(7, 2 * 130, seed=12).to(dtype), draw(7, 130, seed=13).to(dtype)
+            gate, up = both.chunk(2, dim=-1)
+            here_gate, here_up = both.to(device).chunk(2, dim=-1)  # halves of one projection
+            y = activation.reference(gate, up, name)
+            compare((triton_fused.act_mul(here_gate, here_up, name),), (y,), f"{name} {dtype}")
+            found = triton_fused.act_mul_backward(grad.to(device), here_gate, here_up, name)
+            compare(found, activation.reference_backward(grad, gate, up, name), f"{name} gradient {dtype}")
+        for rows, turned in ((2, 32), (1, 24)):
+            x = draw(2, 5, 3 * 32, seed=14).to(dtype).view(2, 5, 3, 32)[:, :, :2]  # some heads of a joint projection
+            cos, sin = draw(rows, 5, turned, seed=15).to(dtype), draw(rows, 5, turned, seed=16).to(dtype)
+            for transposed in (False, True):
+                found = triton_fused.rope(x.to(device), cos.to(device), sin.to(device), transposed)
+                compare((found,), (rope.reference(x, cos, sin, transposed),), f"rope {rows} {turned} {dtype}")
+    return worst
+
+
 def operators(device: torch.device) -> float:
     """Through torch's dispatcher: the registered kernels serve, gradients flow, and grad mode changes no bit."""
     if device.type == "cpu":
@@ -300,7 +339,7 @@ CHECKS: dict[str, Callable[[torch.device], float]] = {
     check.__name__: check
     for check in (
         codebook4_decode, codebook4_encode, codebook4_products, int8_products, llm_int8, affine_decode,
-        affine_products, splitting, operators, streams_and_graphs,
+        affine_products, splitting, around_products, operators, streams_and_graphs,
     )
 }  # fmt: skip
 """What there is to check: each takes the device and returns the largest relative error, or raises AssertionError."""

@@ -48,7 +48,9 @@ def test_compiles_for_gpus(tmp_path):
     assert kernels == {
         *(f"triton_{family}._dequantize" for family in ("codebook4", "int8", "affine")),
         *(f"triton_product.{kernel}" for kernel in ("_sum", "_dot", "_add_up")),
+        *(f"triton_fused.{name}{way}" for name in ("_rms_norm", "_act_mul") for way in ("", "_backward")),
         "triton_codebook4._quantize",
+        "triton_fused._rope",
     }
     assert {line["target"] for line in lines} == {"80", "90", "gfx942"}
     assert all(line["bytes"] > 1000 and line["shared"] <= 64 * 1024 for line in lines)
@@ -57,11 +59,12 @@ def test_compiles_for_gpus(tmp_path):
 @needs_triton
 @pytest.mark.parametrize(
     "operator",
-    [f"{kind}_{form}" for kind in ("dequantize", "linear", "input_gradient") for form in ("4bit", "int8", "affine")],
+    [f"{kind}_{form}" for kind in ("dequantize", "linear", "input_gradient") for form in ("4bit", "int8", "affine")]
+    + ["quantize_4bit", "llm_int8", "rms_norm", "rms_norm_backward", "act_mul", "act_mul_backward", "rope"],
 )
 def test_registered_for_gpus(operator):
     """The kernels stand before the reference on CUDA (ROCm) and XPU, and Triton is not imported for that."""
-    from finetune.kernels import affine, int8, ops  # noqa: F401
+    from finetune.kernels import affine, fused, int8, ops  # noqa: F401
 
     for key in ("CUDA", "XPU"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"finetune::{operator}", key)
@@ -165,5 +168,28 @@ class TestScratch:
             assert pool.submit(address, 0).result() != address(0)
 
 
-def test_devices_are_kept_in_one_place():
-    assert triton_backend.DEVICES[0] == "cuda"
+class TestBackend:
+    @pytest.fixture(autouse=True)
+    def forget(self):
+        triton_backend.why_off.cache_clear()
+        yield
+        triton_backend.why_off.cache_clear()
+
+    def test_is_off_by_name(self, monkeypatch):
+        monkeypatch.setenv("FINETUNE_TRITON", "off")
+        assert triton_backend.why_off() == "FINETUNE_TRITON=off"
+
+    @needs_triton
+    def test_is_off_without_a_compiler_for_its_launchers(self, monkeypatch, tmp_path):
+        monkeypatch.delenv("CC", raising=False)
+        monkeypatch.setenv("PATH", str(tmp_path))
+        assert "C compiler" in triton_backend.why_off()
+
+    def test_registers_nothing_while_off(self, monkeypatch):
+        monkeypatch.setenv("FINETUNE_TRITON", "off")
+        triton_backend.register("no_such_operator", "nowhere", "nothing")
+        assert "finetune::no_such_operator" not in torch._C._dispatch_get_all_op_names()
+
+    def test_launches_on_a_cpu_tensor_choose_no_device(self):
+        with triton_backend.on(torch.zeros(1)):
+            pass

@@ -66,6 +66,22 @@ def main() -> None:
         triton_affine.fused(plan, x_MI, None, stacks[4], scale, zeros[1], 4, 64)
     triton_codebook4.fused(plan, x_MI, None, out_features, *codebook4[0], "nf4", 64)
     triton_affine.fused(plan, x_MI, None, stacks[8], scale, None, 8, 64)
+    around_products()
+
+
+def around_products() -> None:
+    """RMSNorm, gated activations, rotary embedding."""
+    from finetune.kernels import activation, triton_fused
+
+    x_MN, gain_N = torch.zeros(4, 4096, dtype=torch.bfloat16), torch.zeros(4096, dtype=torch.bfloat16)
+    y_MN, inverse_M = triton_fused.rms_norm(x_MN, gain_N, 1e-6, 0.0)
+    triton_fused.rms_norm_backward(y_MN, x_MN, gain_N, inverse_M, 0.0, False)
+    for name in activation.ACTIVATIONS:
+        triton_fused.act_mul(x_MN, x_MN, name)
+        triton_fused.act_mul_backward(x_MN, x_MN, x_MN, name)
+    q_BSHD, cos_BSR = torch.zeros(1, 4, 8, 128, dtype=torch.bfloat16), torch.zeros(1, 4, 128, dtype=torch.bfloat16)
+    triton_fused.rope(q_BSHD, cos_BSR, cos_BSR, False)
+    triton_fused.rope(q_BSHD, cos_BSR[..., :96], cos_BSR[..., :96], True)
 
 
 if __name__ == "__main__":
