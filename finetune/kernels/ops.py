@@ -199,6 +199,6 @@ def _operand_gradient(grad_BO: Tensor, tensors: list[Tensor], settings: list[str
 
 
 register_format("codebook4", _operand_linear, _operand_gradient)
-for _operator in ("dequantize", "linear", "input_gradient"):
+for _operator in ("quantize", "dequantize", "linear", "input_gradient"):
     triton_backend.register(f"{_operator}_4bit", "triton_codebook4", _operator)
 cpu_codebook4.register()
