@@ -157,6 +157,13 @@ def test_below_its_instructions_an_engine_declines(level: str) -> None:
         assert input_gradient(random(4, 8), random(8, 32)) is None
 
 
+def test_without_tiles_many_rows_are_left_to_the_vendor() -> None:
+    served("avx512_bf16")
+    with native.at_most("avx512_bf16"):
+        check(128, 33, 65, with_bias=False)
+        assert linear(random(129, 32), random(8, 32), None) is None
+
+
 def test_nothing_to_do_is_declined() -> None:
     assert linear(torch.empty(0, 32, dtype=torch.bfloat16), random(8, 32), None) is None
 

@@ -1,4 +1,5 @@
-// The product of int8 codes by AMX: x[M, I] @ w[O, I].T in int32, exact, scaled back on the way out where that is asked.
+// The product of int8 codes by AMX: x[M, I] @ w[O, I].T in int32, exact, scaled back on the way out where that is
+// asked.
 //
 // The forward of engine.cpp with two codes in the place of one bf16 number. Rows of the weight are copied, a panel at a
 // time: as they are stored, 16 of them would meet in one set of the first-level cache wherever I is a power of two.

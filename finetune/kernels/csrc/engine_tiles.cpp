@@ -98,8 +98,8 @@ FT_TARGET_AVX512_BF16 void interleave(const bf16* rows, int64_t stride, int64_t 
 
 FT_TARGET_AVX512_BF16 void store_rows(const float* c, int64_t rows, int64_t columns, bf16* out, int64_t stride) {
   // Undoes the order of `interleave`: columns 8 q + j, j < 4, are in the first tile, and the other four in the second.
-  const __m512i order = _mm512_set_epi16(31, 30, 29, 28, 15, 14, 13, 12, 27, 26, 25, 24, 11, 10, 9, 8, 23, 22, 21, 20, 7,
-                                         6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
+  const __m512i order = _mm512_set_epi16(31, 30, 29, 28, 15, 14, 13, 12, 27, 26, 25, 24, 11, 10, 9, 8, 23, 22, 21, 20,
+                                         7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
   __mmask32 mask = first_words(columns);
   for (int64_t r = 0; r < rows; ++r) {
     __m512i line = narrowed(_mm512_load_ps(c + r * BLOCK), _mm512_load_ps(c + r * BLOCK + TILE));

@@ -46,8 +46,8 @@ void pack_rows(const bf16* rows, int64_t M, int64_t K, int64_t strip, bf16* pack
 // All rows, `height` of them a step (at most 32, of which M are there), as avx512_dots wants them.
 void pack_few(const bf16* rows, int64_t M, int64_t K, int64_t height, bf16* packed);
 
-// rows[count, columns] of K, `stride` apart, to the lines of B tiles that begin at `tiles`: those of columns 32 j and on
-// at tiles + j * spacing. The count is even, columns come by 32. Within 32 columns those are first that one unpack
+// rows[count, columns] of K, `stride` apart, to the lines of B tiles that begin at `tiles`: those of columns 32 j and
+// on at tiles + j * spacing. The count is even, columns come by 32. Within 32 columns those are first that one unpack
 // instruction gives: 0-3, 8-11, 16-19, 24-27 in the first tile, the others in the second.
 void interleave(const bf16* rows, int64_t stride, int64_t count, int64_t columns, bf16* tiles, int64_t spacing);
 
