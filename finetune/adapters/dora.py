@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from finetune.adapters import peft_format
 from finetune.adapters.base import ADAPTERS
@@ -33,6 +34,8 @@ from finetune.structure import Projection
 EXACT = 1e-5
 """Relative error of the stored weight's own product in float32 up to which norms are found by it. Formats that round
 activations are off by a percent; there the weight is decoded instead."""
+SHORTEST = 1e-6
+"""Share of a row's length below which it has none."""
 
 
 @dataclass
@@ -72,8 +75,8 @@ class DoRALinear(LoRALinear):
         norm_O = self.norm(y_BO.dtype)
         # m / n - 1 keeps its digits in 16 bits, and is nothing at the start: then y is the base's, bit for bit.
         excess_O = ((self.lora_magnitude_vector - norm_O) / norm_O).to(y_BO.dtype)
-        scaled_BO = torch.addcmul(y_BO, y_BO, excess_O)
-        return scaled_BO if self.bias is None else scaled_BO - self.bias.to(y_BO.dtype) * excess_O
+        scaled_BO: Tensor = _Scaled.apply(y_BO, excess_O, self.bias)  # type: ignore[no-untyped-call]
+        return scaled_BO
 
     @torch.no_grad()
     def norm(self, dtype: torch.dtype) -> Tensor:
@@ -109,6 +112,36 @@ class DoRALinear(LoRALinear):
         summed_OI = super().merge(weight)
         norm_O = summed_OI.norm(dim=1).to(self.lora_magnitude_vector.dtype)
         return summed_OI * (self.lora_magnitude_vector / norm_O).float()[:, None]
+
+
+class _Scaled(torch.autograd.Function):
+    """y (1 + e) - bias e: outputs at new lengths, the bias at its own.
+
+    Written out because memory passes are what DoRA costs: one forward, two backward, nothing kept but the result.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y_BO: Tensor, excess_O: Tensor, bias_O: Tensor | None) -> Tensor:
+        scaled_BO = torch.addcmul(y_BO, y_BO, excess_O)
+        if bias_O is not None:
+            scaled_BO.sub_(bias_O.to(y_BO.dtype) * excess_O)
+        ctx.save_for_backward(scaled_BO, excess_O, bias_O)
+        return scaled_BO
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BO: Tensor) -> tuple[Tensor | None, ...]:
+        scaled_BO, excess_O, bias_O = ctx.saved_tensors
+        product_BO = grad_BO * scaled_BO
+        one_N = product_BO.new_ones(1, product_BO[..., 0].numel())
+        # Sums over rows as products with ones: a sum over the leading dimension takes several times as long.
+        along_O = (one_N @ product_BO.flatten(0, -2))[0]
+        if bias_O is not None:
+            along_O = along_O - bias_O.to(grad_BO.dtype) * (one_N @ grad_BO.flatten(0, -2))[0]
+        factor_O = 1 + excess_O.float()
+        # What was scaled is found again from the result; a row of length zero has lost it, and learns nothing.
+        grad_excess_O = torch.where(factor_O.abs() < SHORTEST, 0.0, along_O.float() / factor_O).to(excess_O.dtype)
+        return torch.addcmul(grad_BO, grad_BO, excess_O, out=product_BO), grad_excess_O, None
 
 
 class DoRAAdapter(LoRAAdapter):

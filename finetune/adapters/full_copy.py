@@ -44,6 +44,9 @@ class FullCopy(nn.Module):
         stored = [p.dtype for p in base.parameters() if p.is_floating_point()]
         # What is decoded computes in the dtype of its input, like the frozen layer it stands for.
         self.dtype = None if isinstance(base, FrozenWeight) or not stored else stored[0]
+        # Trained beside a 16-bit model, a weight is worth what 16 bits hold of it, also where the model is widened to
+        # be measured: next to one, where norms are, the rest is a good part of what they have learnt.
+        self.steps = () if self.dtype is None else (self.dtype,)
         self.enabled = True
 
     def trains(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -55,7 +58,7 @@ class FullCopy(nn.Module):
         if not self.enabled:
             return self.base(*args, **kwargs)
         dtype = self.dtype or next(a.dtype for a in args if isinstance(a, Tensor) and a.is_floating_point())
-        weights = {name: p.to(dtype) for name, p in self.trained.named_parameters()}
+        weights = {name: self._cast(p, dtype) for name, p in self.trained.named_parameters()}
         return torch.func.functional_call(self.trained, weights, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -66,7 +69,12 @@ class FullCopy(nn.Module):
                 raise
             value = getattr(self.trained if self.enabled else self.base, name)
             cast = self.enabled and self.dtype is not None and isinstance(value, nn.Parameter)
-            return value.to(self.dtype) if cast else value
+            return self._cast(value, self.dtype) if cast else value
+
+    def _cast(self, parameter: Tensor, dtype: torch.dtype | None) -> Tensor:
+        for step in self.steps:
+            parameter = parameter.to(step)
+        return parameter.to(dtype)
 
 
 def dense_copy(base: nn.Module) -> nn.Module:
