@@ -4,8 +4,8 @@ Triton serves CUDA, ROCm (whose torch says "cuda" as well) and, with Intel's bui
 before the first tensor on such a device arrives: `register` leaves a small function with the dispatcher that imports
 its module then. Without Triton, or with `FINETUNE_TRITON=off`, the reference in plain torch serves these devices too.
 
-Triton's interpreter (`TRITON_INTERPRET=1` in the environment before the import) runs the same kernels on CPU tensors;
-the tests call the modules' functions directly for that.
+Triton's interpreter (`TRITON_INTERPRET=1` in the environment before the import) runs the same kernels on CPU tensors:
+called directly, or with `FINETUNE_CPU=off` by the operators.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-DEVICES = ("cuda", "xpu")
-"""torch's names of the devices that Triton compiles for."""
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether kernels run in Triton's interpreter, where a product of bfloat16 is garbage: operands are upcast first."""
+DEVICES = ("cuda", "xpu", *(("cpu",) if INTERPRETED and os.environ.get("FINETUNE_CPU") == "off" else ()))
+"""torch's names of the devices that Triton serves: those it compiles for, and in its interpreter a CPU without kernels
+of its own."""
 EXACT = {"enable_fp_fusion": False}
 """Launch option: no fused multiply-add where separate roundings are promised bit for bit."""
 
@@ -61,7 +62,7 @@ def register(operator: str, module: str, function: str) -> None:
 
 def on(tensor: Tensor) -> AbstractContextManager[Any]:
     """Launches go to the device of a tensor, also where another one is current."""
-    if tensor.device.type not in DEVICES:
+    if tensor.device.type == "cpu":
         return nullcontext()
     return torch.get_device_module(tensor.device).device(tensor.device)
 

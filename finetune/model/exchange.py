@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from finetune.kernels import native
+from finetune.kernels import native, triton_backend
 from finetune.kernels.fused import ACTIVATIONS
 from finetune.model import attention
 from finetune.model.fused_modules import (
@@ -57,9 +57,11 @@ class Exchanged:
 
 def why_not(model: nn.Module) -> str:
     """Why nothing of a model is exchanged; empty where it may be."""
-    weight = next(model.parameters())
-    if weight.device.type != "cpu":
-        return f"there are no fused kernels for {weight.device.type}"
+    kind = next(model.parameters()).device.type
+    if kind in triton_backend.DEVICES:
+        return triton_backend.why_off() or ""
+    if kind != "cpu":
+        return f"there are no fused kernels for {kind}"
     if native.level() not in ("avx512", "avx512_bf16", "amx"):
         return f"the compiled CPU kernels are {native.why_off() or native.level()}; the fused ones want AVX512"
     dtype = _dtype(model)
@@ -83,7 +85,8 @@ def exchange(model: nn.Module) -> list[Exchanged]:
         done += _each(
             model, "gated MLP", lambda m: gated_layers(m) is not None and any(True for _ in _callables(m)), _gated
         )
-        done += _attention(model)
+        if next(model.parameters()).device.type == "cpu":  # elsewhere torch's attention is a fused one
+            done += _attention(model)
     return done
 
 
@@ -132,7 +135,7 @@ def _norm(module: nn.Module, dtype: torch.dtype) -> FusedModule | str:
     weight: Any = module.weight
     epsilons = norm_epsilons(module)
     sizes = torch.tensor([eps**0.5 for eps in epsilons] + [1.0, 30.0]).unsqueeze(1)
-    probe_BI = (_noise(len(sizes), weight.numel()) * sizes).to(dtype)
+    probe_BI = (_noise(len(sizes), weight.numel()) * sizes).to(weight.device, dtype)
     wanted = module(probe_BI)
     for eps in epsilons:
         for offset in (0.0, 1.0):
@@ -156,7 +159,7 @@ def _gated(module: nn.Module, dtype: torch.dtype) -> FusedModule | str:
         return "its activation is not one of " + ", ".join(ACTIVATIONS)
     (activation,) = known
     width = getattr(module, layers.pair[0]).in_features
-    probe_BSI = _noise(2, 3, width)
+    probe_BSI = _noise(2, 3, width).to(next(module.parameters()).device)
     loudness = getattr(module, layers.pair[0])(probe_BSI.to(dtype)).float().square().mean().sqrt()
     probe_BSI = (probe_BSI * (LOUD / loudness)).to(dtype)
     orders = {layers.pair, layers.pair[::-1]}

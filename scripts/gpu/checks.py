@@ -1,7 +1,8 @@
 """Whether the Triton kernels are right: decoded weights against the reference's bits, products against float64.
 
-`python scripts/gpu/checks.py --device cuda` checks on a GPU; with TRITON_INTERPRET=1 in the environment and
-`--device cpu` the same checks run in Triton's interpreter, which is how the tests run them.
+`python scripts/gpu/checks.py --device cuda` checks on a GPU. With TRITON_INTERPRET=1 in the environment and
+`--device cpu` the same checks run in Triton's interpreter, with FINETUNE_CPU=off through torch's dispatcher as well:
+which is how the tests run them.
 
 Shape suffixes: M rows, O out features, I in features.
 """
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from finetune.kernels import affine, dispatch, int8, reference
-from finetune.kernels.triton_backend import INTERPRETED
+from finetune.kernels.triton_backend import DEVICES, INTERPRETED
 
 ROUNDING = {torch.float32: 2e-6, torch.float16: 1.5e-3, torch.bfloat16: 1e-2}
 """Relative error (L2) that a product may have by the rounding of its output and the order of its sums."""
@@ -129,8 +130,8 @@ def codebook4_products(device: torch.device) -> float:
     from finetune.kernels import triton_codebook4 as kernels
 
     def weights() -> Iterator[Any]:
-        for codebook, block_size, nested in (("nf4", 64, True), ("fp4", 32, False)):
-            for rows, out_features, in_features in PRODUCTS:
+        for codebook, block_size, nested, shapes in (("nf4", 64, True, PRODUCTS), ("fp4", 32, False, PRODUCTS[1:4])):
+            for rows, out_features, in_features in shapes:
                 shape = [out_features, in_features]
                 packed = reference.quantize_4bit(draw(*shape), codebook, block_size, nested)
                 w_OI = reference.dequantize_4bit(packed, codebook, block_size, shape, torch.float32)
@@ -279,7 +280,7 @@ def around_products(device: torch.device) -> float:
 
 def operators(device: torch.device) -> float:
     """Through torch's dispatcher: the registered kernels serve, gradients flow, and grad mode changes no bit."""
-    if device.type == "cpu":
+    if device.type not in DEVICES:
         return 0.0
     from finetune.kernels import ops
 
@@ -297,6 +298,31 @@ def operators(device: torch.device) -> float:
         assert x_MI.grad is not None
         worst = max(worst, close(x_MI.grad, torch.ones(rows, 256).double() @ w_OI.double(), f"gradient M={rows}"))
     return worst
+
+
+def exchanged_model(device: torch.device) -> float:
+    """A small Llama on an NF4 base with LoRA, its norms and MLPs exchanged: loss and gradients of the plain one."""
+    if device.type not in DEVICES:
+        return 0.0
+    from finetune.model.exchange import exchange
+    from finetune.quant.nf4 import NF4Config
+    from gpu.models import adapted, random_llama, sft_loss, token_ids
+
+    found: list[Tensor] = []
+    for fused in (False, True):
+        model = random_llama("tiny", NF4Config(), device, dtype=torch.float32)
+        kinds = {one.kind for one in exchange(model) if not one.reason} if fused else set()
+        assert not fused or {"norm", "gated MLP"} <= kinds, f"exchanged only {kinds}"
+        parameters = adapted(model.train(), 4, "fp32")
+        with torch.no_grad():
+            for k, parameter in enumerate(parameters):
+                parameter.copy_(draw(*parameter.shape, seed=k))
+        loss = sft_loss(model)(token_ids("tiny", 1, 8, device))
+        grads = torch.autograd.grad(loss, parameters)
+        found.append(torch.cat([loss.detach().view(1), *(grad.flatten() for grad in grads)]).cpu())
+    error = float((found[1] - found[0]).norm() / found[0].norm())
+    assert error < 1e-4, f"the exchanged model differs by {error:.2e}"
+    return error
 
 
 def streams_and_graphs(device: torch.device) -> float:
@@ -339,7 +365,8 @@ CHECKS: dict[str, Callable[[torch.device], float]] = {
     check.__name__: check
     for check in (
         codebook4_decode, codebook4_encode, codebook4_products, int8_products, llm_int8, affine_decode,
-        affine_products, splitting, around_products, operators, streams_and_graphs,
+        affine_products, splitting, around_products, operators, exchanged_model,
+        streams_and_graphs,
     )
 }  # fmt: skip
 """What there is to check: each takes the device and returns the largest relative error, or raises AssertionError."""

@@ -52,6 +52,7 @@ def ballast_bytes(total: int, used: int, budget: int) -> int:
 
 def train_steps(size: str, device: torch.device, rank: int, dtype: str, length: int, steps: int) -> dict[str, Any]:
     """Build, adapt and train on one row; losses and seconds."""
+    from finetune.model.exchange import exchange, summary
     from finetune.quant.nf4 import NF4Config
     from finetune.training.config import OPTIMIZERS, TrainConfig
     from finetune.training.mode import training_mode
@@ -60,6 +61,7 @@ def train_steps(size: str, device: torch.device, rank: int, dtype: str, length: 
 
     start = time.perf_counter()
     model = random_llama(size, NF4Config(), device)
+    fused = summary(exchange(model))
     parameters = adapted(model, rank, dtype)
     optimizer, note = OPTIMIZERS.build(PagedAdamW8bitConfig(), parameters, TrainConfig(learning_rate=1e-3), device)
     loss_of, ids = sft_loss(model), token_ids(size, 1, length, device)
@@ -75,13 +77,8 @@ def train_steps(size: str, device: torch.device, rank: int, dtype: str, length: 
             losses.append(float(loss.detach()))
             seconds.append(round(time.perf_counter() - start, 3))
     trained = sum(parameter.numel() for parameter in parameters)
-    return {
-        "losses": losses,
-        "step_seconds": seconds,
-        "build_seconds": round(built, 1),
-        "trained": trained,
-        "note": note,
-    }
+    figures = {"losses": losses, "step_seconds": seconds, "build_seconds": round(built, 1), "trained": trained}
+    return {**figures, "note": note, "fused": fused}
 
 
 def learns(losses: list[float]) -> bool:

@@ -40,8 +40,10 @@ def llama_config(size: str) -> Any:
     )
 
 
-def random_llama(size: str, quant: Any, device: torch.device, seed: int = 0) -> nn.Module:
-    """A frozen model in bfloat16, its projections in a storage format.
+def random_llama(
+    size: str, quant: Any, device: torch.device, seed: int = 0, dtype: torch.dtype = torch.bfloat16
+) -> nn.Module:
+    """A frozen model, its projections in a storage format.
 
     Args:
         size: of `SHAPES`.
@@ -54,7 +56,7 @@ def random_llama(size: str, quant: Any, device: torch.device, seed: int = 0) -> 
     from finetune.quant.freeze import replace_projection
 
     with init_empty_weights(include_buffers=False):
-        model = LlamaForCausalLM(llama_config(size)).to(torch.bfloat16)
+        model = LlamaForCausalLM(llama_config(size)).to(dtype)
     generator = torch.Generator(device).manual_seed(seed)
     for projection in structure.inspect(model).projections:
         module = model.get_submodule(projection.name)
@@ -79,12 +81,12 @@ def _fill(model: nn.Module, generator: torch.Generator, device: torch.device) ->
 
 
 def _drawn(like: torch.Tensor, generator: torch.Generator, device: torch.device) -> torch.Tensor:
-    weight = torch.empty(like.shape, dtype=torch.bfloat16, device=device)
+    weight = torch.empty(like.shape, dtype=like.dtype, device=device)
     return weight.normal_(0, DEVIATION, generator=generator)
 
 
 def adapted(model: nn.Module, rank: int, dtype: str, dropout: float = 0.0) -> list[nn.Parameter]:
-    """Attach LoRA to all linear layers; the parameters that train."""
+    """Attach LoRA to all linear layers, as training does after what loading does; the parameters that train."""
     from finetune.adapters.attach import attach
     from finetune.adapters.lora import LoRAConfig
 

@@ -21,18 +21,23 @@ Engine = tuple[list[nn.Parameter], Callable[[torch.Tensor], torch.Tensor]]
 def ours(size: str, device: torch.device) -> Engine:
     """finetune, NF4 with double quantization."""
     from finetune.quant.nf4 import NF4Config
-    from gpu.models import adapted, random_llama, sft_loss
 
-    model = random_llama(size, NF4Config(), device)
-    return adapted(model.train(), RANK, "bf16"), sft_loss(model)
+    return _finetune(size, NF4Config(), device)
 
 
 def ours_bf16(size: str, device: torch.device) -> Engine:
     """finetune, dense bfloat16 base."""
     from finetune.quant.dense import DenseConfig
+
+    return _finetune(size, DenseConfig(), device)
+
+
+def _finetune(size: str, quant: Any, device: torch.device) -> Engine:
+    from finetune.model.exchange import exchange
     from gpu.models import adapted, random_llama, sft_loss
 
-    model = random_llama(size, DenseConfig(), device)
+    model = random_llama(size, quant, device)
+    exchange(model)
     return adapted(model.train(), RANK, "bf16"), sft_loss(model)
 
 
