@@ -1,9 +1,10 @@
 """A QLoRA training step against PEFT + bitsandbytes: `python scripts/bench_step.py`, and again with `--threads 2`.
 
 The same random Llama, LoRA r=16 on all linears, data, seed and AdamW for each engine. Engines take turns, each round in
-a process of its own; medians over the rounds go to benchmarks/results/step_cpu.json. With one thread a step's time is
-its CPU time, which other work on the machine hardly changes; with more it is wall time, and wants a quiet machine. The
-first engine is what the others are compared with; its losses have to stay within 1 % of the rivals' at every step.
+a process of its own; medians over the rounds go to benchmarks/results/step_cpu.json (step_cpu_2_threads.json). With one
+thread a step's time is its CPU time, which other work on the machine hardly changes; with more it is wall time, and
+wants a quiet machine. The first engine is what the others are compared with; its losses have to stay within 1 % of
+theirs at every step.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 from machine import describe_machine  # noqa: E402
 
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "step_cpu.json"
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 SIZES = {  # hidden, intermediate, layers, heads, vocabulary
     "25m": (384, 1024, 8, 6, 16000),
     "160m": (768, 2048, 12, 12, 32000),
@@ -230,13 +231,14 @@ def main() -> None:
     if options.engine:
         print(json.dumps(measure(options.engine, options.sizes, options.steps, options.threads)))
         return
-    rows = json.loads(RESULTS.read_text("utf-8"))["rows"] if RESULTS.is_file() else []
-    rows = [row for row in rows if row.get("threads") not in (None, options.threads)]
+    rows: list[dict[str, Any]] = []
     for size in options.sizes.split(","):
         found = take_turns(size, options.rounds, options.steps, options.threads)
         rows += found
         compare(found)
-    RESULTS.write_text(json.dumps({"machine": describe_machine(), "rows": rows}, indent=1) + "\n", "utf-8")
+    file = RESULTS / ("step_cpu.json" if options.threads == 1 else f"step_cpu_{options.threads}_threads.json")
+    result = {"machine": describe_machine(), "threads": options.threads, "rows": rows}
+    file.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":
