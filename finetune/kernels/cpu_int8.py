@@ -48,6 +48,14 @@ def quantize_rows(x_MI: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tenso
     return codes, absmax, outlier, count
 
 
+def quantize_weight(w_OI: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Codes int8 [O, I] and absmax float32 [O]; None where the library does not serve the weight."""
+    if native.library() is None or w_OI.device.type != "cpu" or w_OI.dtype not in native.DTYPES or not w_OI.numel():
+        return None
+    codes, absmax, _, _ = quantize_rows(w_OI.contiguous(), 0.0)
+    return codes, absmax
+
+
 @cache
 def vendor_is_exact() -> bool:
     """Whether torch's int8 product is exact here: without VNNI it adds pairs of products in 16 bits and saturates."""

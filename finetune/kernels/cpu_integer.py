@@ -65,6 +65,8 @@ def _library() -> ctypes.CDLL:
     weight = ctypes.POINTER(Integer)
     found.ft_integer_decode.argtypes = [weight, _int64, _int32, _pointer, _int32]
     found.ft_integer_decode.restype = None
+    found.ft_integer_encode.argtypes = [weight, _int64, _pointer, _int32, _pointer, _int32]
+    found.ft_integer_encode.restype = None
     found.ft_integer_linear.argtypes = [weight, _int64, _int64, *[_pointer] * 3, _int32]
     found.ft_integer_linear.restype = _int32
     found.ft_integer_input_gradient.argtypes = [weight, _int64, _int64, *[_pointer] * 2, _int32]
@@ -87,6 +89,20 @@ def decode_into(out: Tensor, weight: Integer) -> None:
     """Decode a weight into a contiguous tensor of any shape that ends in rows."""
     rows = out.numel() // max(weight.in_features, 1)
     _library().ft_integer_decode(weight, rows, native.DTYPES[out.dtype], out.data_ptr(), native.threads())
+
+
+def encode_affine(
+    w_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor | None, bits: int, group_size: int, packed_width: int
+) -> Tensor | None:
+    """The nearest codes of a matrix for given scales and zero points, packed, uint8 [O, P]; None where not served."""
+    if native.library() is None or w_OI.device.type != "cpu" or w_OI.dtype not in native.DTYPES:
+        return None
+    w_OI = w_OI.contiguous()
+    codes_OP = torch.empty(w_OI.shape[0], packed_width, dtype=torch.uint8)
+    weight = affine(codes_OP, scale_OG, zero_OG, bits, group_size, w_OI.shape[1])
+    kind, rows = native.DTYPES[w_OI.dtype], w_OI.shape[0]
+    _library().ft_integer_encode(weight, rows, w_OI.data_ptr(), kind, codes_OP.data_ptr(), native.threads())
+    return codes_OP
 
 
 def linear(x: Tensor, bias: Tensor | None, weight: Integer, out_features: int) -> Tensor:

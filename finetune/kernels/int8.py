@@ -70,8 +70,9 @@ def quantize_rows(x_MI: Tensor, threshold: float = 0.0) -> Rows:
 
 def quantize_weight(w_OI: Tensor) -> Rows:
     """Codes int8 [.., O, I] and absmax float32 [.., O] of a weight, rounded to float16 first as bitsandbytes does."""
-    rows = quantize_rows(w_OI.detach().to(torch.float16).flatten(0, -2))
-    return Rows(rows.codes_MI.view(w_OI.shape), rows.absmax_M.view(w_OI.shape[:-1]))
+    w_RI = w_OI.detach().to(torch.float16).flatten(0, -2)
+    rows = cpu_int8.quantize_weight(w_RI) or quantize_rows(w_RI)
+    return Rows(rows[0].view(w_OI.shape), rows[1].view(w_OI.shape[:-1]))
 
 
 def product(codes_MI: Tensor, codes_OI: Tensor) -> Tensor:

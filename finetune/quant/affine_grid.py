@@ -15,7 +15,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from finetune.kernels import affine
+from finetune.kernels import affine, cpu_integer
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class AffineGrid:
         - integer zero points: the span is widened to contain 0, which then is a code exactly.
         - real zero points: the least value is the zero point.
 
-        A group without span gets scale 1.
+        A group without span gets scale 1, one that holds NaN or infinity a scale that is not finite either.
         """
         least_OG, most_OG = _ends(w_OI.float(), group_size)
         steps = 2**bits - 1
@@ -53,7 +53,7 @@ class AffineGrid:
         else:
             least_OG, most_OG = least_OG.clamp(max=0), most_OG.clamp(min=0)
             scale_OG = (most_OG - least_OG) / steps
-        scale_OG = _stored(torch.where(scale_OG > 0, scale_OG, 1.0))
+        scale_OG = _stored(torch.where(scale_OG == 0, 1.0, scale_OG))
         zero_OG = None
         if not symmetric and zero_point == "real":
             zero_OG = least_OG
@@ -64,6 +64,12 @@ class AffineGrid:
     def encode(self, w_OI: Tensor) -> Tensor:
         """The nearest codes, uint8 [.., O, I]; half way between two, the even multiple of the scale."""
         return self.round_columns(w_OI, 0)
+
+    def encode_packed(self, w_OI: Tensor) -> Tensor:
+        """The nearest codes of a matrix as stored, uint8 [O, P]; by the compiled kernels where they serve it."""
+        width = affine.packed_width(w_OI.shape[-1], self.bits)
+        packed = cpu_integer.encode_affine(w_OI, self.scale_OG, self.zero_OG, self.bits, self.group_size, width)
+        return affine.pack(self.encode(w_OI), self.bits) if packed is None else packed
 
     def round_columns(self, w_OC: Tensor, first: int) -> Tensor:
         """The nearest codes of the columns from `first` on, uint8 [.., O, C]."""

@@ -113,12 +113,12 @@ class Affine(PackedWeight):
         return Stored(self.weight, self.scale, self.zero)
 
     def encode(self, weight: Tensor) -> Stored:
-        if not weight.isfinite().all():
-            raise self._not_finite()
         rows = weight.reshape(-1, self.in_features)
         parts = [self._encode(part) for part in rows.split(max(1, CHUNK // self.in_features))]
         exact = any(part.scale_OG.dtype == torch.float32 for part in parts)
         scale = torch.cat([part.scale_OG.float() if exact else part.scale_OG for part in parts])
+        if not scale.isfinite().all():
+            raise self._not_finite()
         zeros = [part.zero_OG for part in parts if part.zero_OG is not None]
 
         def shaped(tensor: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ class Affine(PackedWeight):
         """Some rows, by rounding to nearest."""
         symmetric = self.zeros == "none"
         grid = AffineGrid.fit(w_OI, self.bits, self.group_size, symmetric=symmetric, zero_point=self.zeros)
-        return Stored(affine.pack(grid.encode(w_OI), self.bits), grid.scale_OG, grid.zero_OG)
+        return Stored(grid.encode_packed(w_OI), grid.scale_OG, grid.zero_OG)
 
     def decode(self, dtype: torch.dtype) -> Tensor:
         return affine.dequantize_affine(*self.packed(), self.bits, self.group_size, list(self.shape), dtype)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from finetune.errors import ConfigError, ModelError
-from finetune.kernels import affine
+from finetune.kernels import affine, native
 from finetune.quant.affine import AffineExperts, AffineLinear, Int2Config, Int3Config, Int4Config, Int8gConfig
 from finetune.quant.affine_grid import AffineGrid
 from finetune.quant.affine_storage import FACTS
@@ -72,6 +72,21 @@ def test_columns_can_be_rounded_run_by_run(kind: str) -> None:
     assert torch.equal(codes, found.encode(w))
     values = torch.cat([found.decode(codes[:, a:b], a) for a, b in runs], dim=1)
     assert torch.equal(values, found.decode(codes))
+
+
+@given(
+    st.integers(1, 9), st.integers(1, 150), st.sampled_from([2, 3, 4, 8]), st.sampled_from([-1, 32, 64]),
+    st.sampled_from(["none", "integer", "real"]), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_compiled_kernels_choose_and_pack_the_same_codes(
+    rows: int, width: int, bits: int, group_size: int, kind: str, dtype: torch.dtype
+) -> None:
+    w = (torch.randn(rows, width) + 0.3).to(dtype)
+    found = grid(w, bits, group_size, kind)
+    for level in native.LEVELS:
+        with native.at_most(level):
+            assert torch.equal(found.encode_packed(w), affine.pack(found.encode(w), bits)), level
 
 
 def test_integer_zero_points_hold_zero_exactly() -> None:

@@ -24,15 +24,15 @@ struct Row {
   float threshold;  // infinity where there is none
 };
 
-// The largest magnitude below the threshold; marks the columns of the others.
+// The largest magnitude below the threshold, NaN where there is one; marks the columns of the others.
 float measure_scalar(const Row& row, int64_t from, uint8_t* outlier) {
   float most = 0.0f;
   for (int64_t i = from; i < row.columns; ++i) {
     float size = std::fabs(load(row.x, row.type, i));
     if (size >= row.threshold)
       outlier[i] = 1;
-    else
-      most = std::max(most, size);
+    else if (size > most || size != size)
+      most = size;
   }
   return most;
 }
@@ -54,14 +54,17 @@ FT_TARGET_AVX512 float measure_avx512(const Row& row, uint8_t* outlier) {
   const __m512 threshold = _mm512_set1_ps(row.threshold);
   const __m128i one = _mm_set1_epi8(1);
   __m512 most = _mm512_setzero_ps();
+  __mmask16 strange = 0;
   int64_t i = 0;
   for (; i + 16 <= row.columns; i += 16) {
     __m512 size = _mm512_abs_ps(load16(row, i));
     __mmask16 far = _mm512_cmp_ps_mask(size, threshold, _CMP_GE_OQ);
     most = _mm512_mask_max_ps(most, static_cast<__mmask16>(~far), most, size);
+    strange |= _mm512_cmp_ps_mask(size, size, _CMP_UNORD_Q);
     if (far) _mm_mask_storeu_epi8(outlier + i, far, one);
   }
-  return std::max(_mm512_reduce_max_ps(most), measure_scalar(row, i, outlier));
+  float rest = measure_scalar(row, i, outlier);
+  return strange ? NAN : !(rest <= _mm512_reduce_max_ps(most)) ? rest : _mm512_reduce_max_ps(most);
 }
 
 FT_TARGET_AVX512 void round_avx512(const Row& row, float factor, const uint8_t* outlier, int8_t* codes) {
