@@ -259,6 +259,8 @@ class TestTraining:
         curve = training.losses(tmp_path)
         assert curve == {1: 2.0, 2: 1.5}
         assert training.differing(curve, {1: 2.0, 2: 1.5000001, 3: 1.0}) == [2, 3]
+        assert training.largest_difference(curve, {1: 2.0, 2: 1.53}) == pytest.approx(0.02)
+        assert training.largest_difference(curve, {1: 2.0}) == 1.0
 
     def test_every_command_line_is_one_that_train_py_takes(self, tmp_path):
         from finetune.compose import compose_config

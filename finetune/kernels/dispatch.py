@@ -11,8 +11,8 @@ device and rewrites its entry.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
-from functools import cache
+from dataclasses import asdict, dataclass, replace
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +55,10 @@ class Fused:
         block_k = self.block_k
         while in_features % block_k:
             block_k //= 2
-        return None if block_k < 32 else Fused(**{**asdict(self), "block_k": block_k})
+        return None if block_k < 32 else replace(self, block_k=block_k)
 
 
+@lru_cache(maxsize=4096)
 def choose(
     family: str, rows: int, out_features: int, in_features: int, dtype: torch.dtype, device: torch.device
 ) -> Fused | None:
@@ -98,6 +99,7 @@ def write_rules(kind: str, family: str, size: str, measured: list[Fused], path: 
         entry.setdefault(other, table["default"][family][other])
     path.write_text(render(table), "utf-8")
     rules.cache_clear()
+    choose.cache_clear()
 
 
 def render(table: dict[str, Any]) -> str:

@@ -95,6 +95,12 @@ def differing(one: dict[int, float], other: dict[int, float]) -> list[int]:
     return sorted(step for step in one.keys() | other.keys() if one.get(step) != other.get(step))
 
 
+def largest_difference(one: dict[int, float], other: dict[int, float]) -> float:
+    """Of the losses of a step, relative; 1 where only one has the step. A GPU's attention adds up in no fixed order."""
+    pairs = ((one.get(step), other.get(step)) for step in one.keys() | other.keys())
+    return max(1.0 if a is None or b is None else abs(a - b) / abs(a) for a, b in pairs)
+
+
 def proofs(directory: Path) -> Iterator[dict[str, Any]]:
     """What each export's proof says."""
     for path in sorted(directory.glob("export/*/export.json")):
@@ -127,7 +133,7 @@ def train_all(emit: Callable[..., None], device: str, runs: dict[str, tuple[str,
             }
             emit("detail", f"training_{name}", waited=round(time.perf_counter() - begun, 1), **found)
         if jobs["nf4"].exception() is None and again.exception() is None:
-            steps = differing(losses(Path(folder) / "nf4"), losses(Path(folder) / "killed"))
-            emit("detail", "resume", differing_steps=steps)
-            emit("value", "resume_exact", value=len(steps))
+            whole, resumed = losses(Path(folder) / "nf4"), losses(Path(folder) / "killed")
+            emit("detail", "resume", steps_not_the_same_bits=differing(whole, resumed))
+            emit("value", "resume", value=largest_difference(whole, resumed))
     emit("value", "training", value=failed)
