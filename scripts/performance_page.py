@@ -166,18 +166,18 @@ def gpu() -> str:
     """The acceptance on a CUDA host, where one was run."""
     parts = []
     for path in sorted(RESULTS.glob("gpu*.json")):
-        found = json.loads(path.read_text("utf-8"))
-        rows = [
+        rows = json.loads(path.read_text("utf-8")).get("rows", [])
+        holds = {"pass": "yes", "fail": "**no**"}
+        body = [
             [
-                bar.get("text", bar.get("key", "")),
-                bar.get("limit", ""),
-                bar.get("value", ""),
-                bar.get("verdict", bar.get("result", "")),
+                r["what"],
+                r["bar"],
+                r["measured"] if r["measured"] is not None else "",
+                holds.get(r["result"], r["result"]),
             ]
-            for bar in found.get("bars", [])
+            for r in rows
         ]
-        if rows:
-            parts.append(f"`{path.name}`:\n\n" + table(["measure", "bar", "measured", ""], rows))
+        parts.append(f"`{path.name}`:\n\n" + table(["measure", "bar", "measured", "holds"], body))
     return "\n\n".join(parts) or "No result of a GPU is committed: these bars are unmeasured."
 
 
