@@ -19,6 +19,9 @@ _pointer, _int32, _int64, _float = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int
 SCALED = (torch.float32, torch.bfloat16)
 """dtypes that the library scales an int32 product to."""
 
+LEAST_COLUMNS = 16
+"""Of torch's int8 product: with one column (torch 2.13 on a CPU) it is wrong, and small ones are no loss."""
+
 Outliers = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """`outliers(x_MI, outlier_I, codes_OI, absmax_O)`: what outlier columns add, [M, O]."""
 
@@ -74,7 +77,9 @@ def product(codes_MI: Tensor, codes_OI: Tensor, otherwise: Callable[[Tensor, Ten
     pointers = (codes_MI.data_ptr(), codes_OI.data_ptr(), y_MO.data_ptr())
     if _library().ft_int8_product(*pointers, rows, out_features, width, native.threads()):
         return y_MO
-    return torch._int_mm(codes_MI, codes_OI.T) if vendor_is_exact() else otherwise(codes_MI, codes_OI)
+    if width < LEAST_COLUMNS or not vendor_is_exact():
+        return otherwise(codes_MI, codes_OI)
+    return torch._int_mm(codes_MI, codes_OI.T)
 
 
 def serve(

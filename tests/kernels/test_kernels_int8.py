@@ -66,7 +66,7 @@ def _as_native(rows: int8.Rows) -> tuple[Tensor, Tensor, Tensor, int]:
 @given(shapes, st.integers(0, 1))
 @settings(max_examples=60, deadline=None)
 def test_products_are_exact(shape: tuple[int, int, int], extreme: int) -> None:
-    rows, out_features, width = shape[0], shape[1], shape[2] * 11
+    rows, out_features, width = shape[0], shape[1], shape[2] if shape[2] < 20 else shape[2] * 11
     make = torch.Generator().manual_seed(rows)
     low = 127 if extreme else -127
     x = torch.randint(low, 128, (rows, width), generator=make, dtype=torch.int8)

@@ -21,7 +21,7 @@ struct Row {
   const void* x;
   DType type;
   int64_t columns;
-  float threshold;  // infinity where there is none
+  float threshold;  // NaN where there is none: nothing is above that
 };
 
 // The largest magnitude below the threshold, NaN where there is one; marks the columns of the others.
@@ -152,7 +152,7 @@ FT_API int64_t ft_int8_rows(const void* x, int32_t type, int64_t M, int64_t I, f
                             float* absmax, uint8_t* outlier, int32_t threads) {
   using namespace finetune;
   const int64_t size = type == F32 ? 4 : 2;
-  const float limit = threshold > 0.0f ? threshold : INFINITY;
+  const float limit = threshold > 0.0f ? threshold : NAN;
   std::memset(outlier, 0, static_cast<size_t>(I));
   const bool worth = M * I > 65536;
   // Marks of several threads may meet in one byte, all of them writing 1.
