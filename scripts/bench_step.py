@@ -140,16 +140,15 @@ ENGINES: dict[str, Callable[[str], tuple[list, Callable]]] = {
 }
 
 
-def batches(size: str, count: int):
-    """A learnable pattern over a fixed random stream: 2 rows of 512 tokens."""
+def batches(count: int):
+    """2 rows of 512 tokens: walks modulo a small prime, so that the loss falls when learning works."""
     import torch
 
     generator = torch.Generator().manual_seed(1)
-    vocabulary = SIZES[size][-1]
     for _ in range(count):
-        start = torch.randint(0, vocabulary, (2, 1), generator=generator)
-        stride = torch.randint(1, 5, (2, 1), generator=generator)
-        yield (start + stride * torch.arange(512)) % vocabulary
+        start = torch.randint(0, 97, (2, 1), generator=generator)
+        stride = torch.randint(1, 7, (2, 1), generator=generator)
+        yield (start + stride * torch.arange(512)) % 97 + 3
 
 
 def memory(field: str) -> int:
@@ -173,7 +172,7 @@ def measure(engine: str, size: str, steps: int, threads: int) -> dict[str, Any]:
     Path("/proc/self/clear_refs").write_text("5", "ascii")
     optimizer = torch.optim.AdamW(parameters, lr=2e-4, weight_decay=0.0)
     losses, seconds = [], []
-    for ids in batches(size, steps):
+    for ids in batches(steps):
         start = clock()
         loss = loss_of(ids)
         loss.backward()

@@ -106,6 +106,18 @@ def test_a_model_in_eval_mode_gets_no_dropout_from_attaching() -> None:
     assert torch.equal(logits(model), logits(model))
 
 
+@pytest.mark.parametrize("quant", QUANTS)
+def test_a_layer_compiles_without_a_break(quant: str) -> None:
+    model, _ = lora("llama", quant)
+    layer = model.model.layers[0].mlp.down_proj
+    x = torch.randn(3, layer.in_features, requires_grad=True)
+    leaves = (x, layer.lora_A.weight, layer.lora_B.weight)
+    wanted = torch.autograd.grad(layer(x).square().sum(), leaves)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for found, right in zip(torch.autograd.grad(compiled(x).square().sum(), leaves), wanted, strict=True):
+        assert torch.allclose(found, right, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 def test_experts_have_dropout_too(family: str) -> None:
     model, _ = lora(family, dropout=0.5, targets=["experts.*"])
