@@ -7,7 +7,7 @@ own layout, so these are refused; existing ones merge.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ from torch import nn
 
 from finetune.adapters import peft_format
 from finetune.adapters.base import ADAPTERS
+from finetune.adapters.own_format import as_saved
 from finetune.adapters.select import BiasLinear, SelectAdapter
 from finetune.adapters.targets import ALL_LINEAR
 from finetune.adapters.weight import WeightConfig, choose
-from finetune.errors import ConfigError, ModelError, UserError, nearest
+from finetune.errors import ConfigError, nearest
 from finetune.structure import Projection, inspect
 from finetune.structure.norms import norms
 
@@ -137,16 +138,8 @@ def _as_saved(config: BitFitConfig, directory: Path) -> BitFitConfig:
     Raises:
         ModelError: when it is of another method or its settings are broken.
     """
-    saved = peft_format.read_config(directory)
-    peft_format.check_method(directory, saved, {"finetune_method": config.name})
-    own = {key: saved[key] for key in STRUCTURAL if key in saved}
-    targets = own.pop("targets", None)
-    try:
-        agreed = replace(config, **own)
-        if targets:
-            agreed = replace(agreed, targets=targets)
-    except (UserError, TypeError) as error:
-        raise ModelError(f"{directory / peft_format.CONFIG}: {error}") from error
-    if not targets:
+    trained = peft_format.read_config(directory).get("targets")
+    agreed = as_saved(config, directory, [key for key in STRUCTURAL if trained or key != "targets"])
+    if not trained:  # norms alone
         agreed.targets = []
     return agreed

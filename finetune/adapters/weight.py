@@ -154,6 +154,7 @@ class WeightAdapter(Adapter):
         self.copies = build_copies(model, self.structure, whole, dtype)
         self.copies |= {n: FullCopy(model.get_submodule(n), dtype, leaves) for n, leaves in parts.items()}
         self.adapted = {p.name: self._wrapped(p, dtype) for p in self.projections}
+        self.adapted |= {name: self._trained(module, dtype) for name, module in self.further().items()}
         self._bases = {name: model.get_submodule(name) for name in (*self.adapted, *self.copies)}
         _place(model, {**self.adapted, **self.copies})
         self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -168,6 +169,10 @@ class WeightAdapter(Adapter):
             f"adapter={self.config.name} cannot adapt stacked experts such as {projection.name}:"
             f" leave them out of adapter.targets"
         )
+
+    def further(self) -> dict[str, AdaptedWeight]:
+        """What stands for further modules, by name: for methods that also follow what is no projection."""
+        return {}
 
     def select(self) -> dict[str, tuple[str, ...]]:
         """Further modules that train, by name, each with those of its own parameters that do; see select.py."""
@@ -184,7 +189,11 @@ class WeightAdapter(Adapter):
         else:
             assert isinstance(base, FrozenLinear)
             wrapped = self.wrap(base, projection)
-        device = next(base.parameters()).device
+        return self._trained(wrapped, dtype)
+
+    def _trained(self, wrapped: AdaptedWeight, dtype: torch.dtype) -> AdaptedWeight:
+        """What is beside the base, on its device and in `dtype`, asking for gradients."""
+        device = next(wrapped.base.parameters()).device
         for name, parameter in wrapped.named_parameters():
             if not name.startswith("base."):
                 # Drawn on the CPU in float32, so that a seed gives the same start on every device.

@@ -146,7 +146,7 @@ def test_not_floating_point(saved: Path) -> None:
     ("values", "message"),
     [
         ({"peft_type": "IA3"}, "is of method IA3: expected LORA"),
-        ({"use_dora": True}, "sets use_dora=True"),
+        ({"use_dora": True}, "has use_dora=true"),
         ({"bias": "all"}, "sets bias='all'"),
         ({"trainable_token_indices": [1, 2]}, "sets trainable_token_indices=[1, 2]"),
         ({"something_of_2027": {"a": 1}}, "sets something_of_2027={'a': 1}"),
@@ -190,7 +190,7 @@ def test_settings_of_ones_own_that_contradict_the_file(saved: Path, settings: di
 
 
 def test_what_peft_can_and_we_cannot_is_said_before_a_model_is_loaded(saved: Path) -> None:
-    assert "sets use_dora=True" in early(edit(saved, use_dora=True))
+    assert "has use_dora=true" in early(edit(saved, use_dora=True))
     assert "is of method PREFIX_TUNING" in early(edit(saved, peft_type="PREFIX_TUNING"))
 
 
