@@ -10,6 +10,7 @@ Shape suffixes: B rows, S positions, I features.
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -190,7 +191,11 @@ def _activation(candidate: Callable[[Tensor], Tensor]) -> str | None:
         found = candidate(x)
     except Exception:  # any callable of the module is tried
         return None
-    same = (name for name, ours in ACTIVATIONS.items() if torch.is_tensor(found) and torch.allclose(ours(x), found))
+    same = (
+        name
+        for name, ours in ACTIVATIONS.items()
+        if torch.is_tensor(found) and torch.allclose(ours(x), found, atol=1e-6)
+    )
     return next(same, None)
 
 
@@ -228,11 +233,13 @@ def _run(model: Any, modules: list[nn.Module]) -> tuple[list[attention.Call], di
 
     embeddings: Any = model.get_input_embeddings()
     tokens = torch.randint(embeddings.weight.shape[0], (2, 24), generator=torch.Generator().manual_seed(0))
-    positions = torch.cat([torch.arange(10), torch.arange(14)]).expand(2, -1)
+    inputs = {"input_ids": tokens}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        inputs["position_ids"] = torch.cat([torch.arange(10), torch.arange(14)]).expand(2, -1)
     handles = [module.register_forward_pre_hook(remember, with_kwargs=True) for module in modules]
     try:
         with attention.recorded() as calls:
-            model(input_ids=tokens, position_ids=positions, use_cache=False)
+            model(**inputs, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

@@ -18,7 +18,7 @@ from finetune.data.batching import collate, packed_mask
 from finetune.data.rows import Row, TokenRows
 from finetune.kernels import native
 from finetune.model.config import ModelConfig
-from finetune.model.exchange import Exchanged, exchange, notes, summary, why_not
+from finetune.model.exchange import Exchanged, candidates, exchange, notes, summary, why_not
 from finetune.model.fused_modules import FusedGatedMLP, FusedModule, FusedNorm, FusedRotaryAttention
 from finetune.model.load import load
 from finetune.quant.dense import DenseConfig
@@ -312,3 +312,9 @@ def test_loading_exchanges_unless_told_not_to() -> None:
         return {isinstance(module, FusedModule) for module in loaded.model.modules()}
 
     assert kinds("auto") == {True, False} and kinds("off") == {False}
+
+
+def test_what_could_be_fused_shows_without_weights() -> None:
+    with torch.device("meta"):
+        model = hf.AutoModelForCausalLM.from_config(hf.LlamaConfig(**GROUPED))
+    assert candidates(model) == "5 x norm, 2 x gated MLP, 2 x rotary attention"
