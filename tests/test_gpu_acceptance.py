@@ -78,7 +78,7 @@ class TestBars:
 
     def test_the_stages_fit_the_limit_typically_and_quick_ones_two_minutes(self):
         stages = load("gpu.stages")
-        assert stages.LIMIT == {False: 530, True: 115}
+        assert stages.LIMIT[False] < 9 * 60 and stages.LIMIT[True] < 2 * 60
         assert {stage.name for stage in stages.STAGES if stage.quick} == {"environment", "checks", "kernels"}
 
 
