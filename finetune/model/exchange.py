@@ -10,50 +10,23 @@ Shape suffixes: B rows, S positions, I features.
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from finetune.kernels import native, triton_backend
 from finetune.kernels.fused import ACTIVATIONS
-from finetune.model import attention
-from finetune.model.fused_modules import (
-    FusedGatedMLP,
-    FusedModule,
-    FusedNorm,
-    FusedRotaryAttention,
-    Gated,
-    Norm,
-    Rotary,
-)
+from finetune.model.agreement import FAULTS, Exchanged, agree, first_line, noise
+from finetune.model.exchange_attention import exchange_attention
+from finetune.model.fused_modules import FusedGatedMLP, FusedModule, FusedNorm, Gated, Norm
 from finetune.structure.exchangeable import GatedLayers, gated_layers, norm_epsilons, rotary_layers
 
-FAULTS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
-"""What a module that is not what it looks like may raise when it is tried."""
 LOUD = 4.0
 """Root mean square of gates in probes: small ones would not tell `act(gate) * up` from `act(up) * gate`."""
-
-
-@dataclass(frozen=True)
-class Exchanged:
-    """What became of a candidate.
-
-    Attributes:
-        name: of the module.
-        kind: "norm", "gated MLP", "attention" or "rotary attention".
-        reason: why it stayed as it was; empty where it was exchanged.
-    """
-
-    name: str
-    kind: str
-    reason: str = ""
 
 
 def why_not(model: nn.Module) -> str:
@@ -87,7 +60,7 @@ def exchange(model: nn.Module) -> list[Exchanged]:
             model, "gated MLP", lambda m: gated_layers(m) is not None and any(True for _ in _callables(m)), _gated
         )
         if next(model.parameters()).device.type == "cpu":  # elsewhere torch's attention is a fused one
-            done += _attention(model)
+            done += exchange_attention(model)
     return done
 
 
@@ -124,7 +97,7 @@ def _each(
         try:
             found = fuse(module, dtype)
         except FAULTS as error:
-            found = _first_line(error)
+            found = first_line(error)
         if isinstance(found, FusedModule):
             model.set_submodule(name, found)
         done.append(Exchanged(name, kind, "" if isinstance(found, FusedModule) else found))
@@ -136,12 +109,12 @@ def _norm(module: nn.Module, dtype: torch.dtype) -> FusedModule | str:
     weight: Any = module.weight
     epsilons = norm_epsilons(module)
     sizes = torch.tensor([eps**0.5 for eps in epsilons] + [1.0, 30.0]).unsqueeze(1)
-    probe_BI = (_noise(len(sizes), weight.numel()) * sizes).to(weight.device, dtype)
+    probe_BI = (noise(len(sizes), weight.numel()) * sizes).to(weight.device, dtype)
     wanted = module(probe_BI)
     for eps in epsilons:
         for offset in (0.0, 1.0):
             fused = FusedNorm.of(module, Norm(eps, offset))
-            if _agree(fused(probe_BI), wanted):
+            if agree(fused(probe_BI), wanted):
                 return fused
     return "it is no RMSNorm"
 
@@ -160,7 +133,7 @@ def _gated(module: nn.Module, dtype: torch.dtype) -> FusedModule | str:
         return "its activation is not one of " + ", ".join(ACTIVATIONS)
     (activation,) = known
     width = getattr(module, layers.pair[0]).in_features
-    probe_BSI = _noise(2, 3, width).to(next(module.parameters()).device)
+    probe_BSI = noise(2, 3, width).to(next(module.parameters()).device)
     loudness = getattr(module, layers.pair[0])(probe_BSI.to(dtype)).float().square().mean().sqrt()
     probe_BSI = (probe_BSI * (LOUD / loudness)).to(dtype)
     orders = {layers.pair, layers.pair[::-1]}
@@ -169,7 +142,7 @@ def _gated(module: nn.Module, dtype: torch.dtype) -> FusedModule | str:
         fused = FusedGatedMLP.of(module, Gated(GatedLayers(pair, layers.down), activation))
         with _mode(module, training=True):
             wanted = module(probe_BSI)
-        if _agree(module(probe_BSI), wanted) and _agree(fused(probe_BSI), wanted):
+        if agree(module(probe_BSI), wanted) and agree(fused(probe_BSI), wanted):
             fitting.append(fused)
     return fitting[0] if len(fitting) == 1 else "it computes something else than down(act(gate) * up)"
 
@@ -199,105 +172,10 @@ def _activation(candidate: Callable[[Tensor], Tensor]) -> str | None:
     return next(same, None)
 
 
-def _attention(model: Any) -> list[Exchanged]:
-    """Our attention for all blocks or none, then rotation fused in each."""
-    if getattr(model.config, "_attn_implementation", None) != "sdpa" or not hasattr(model, "set_attn_implementation"):
-        return []
-    attention.register()
-    model.set_attn_implementation(attention.NAME)
-    if model.config._attn_implementation != attention.NAME:  # it has an attention of its own, and keeps it
-        return []
-    candidates = {m: n for n, m in model.named_modules() if rotary_layers(m) is not None}
-    try:
-        calls, arguments = _run(model, list(candidates))
-        reason = "" if calls and all(map(_same_as_torch, calls)) else "it differs from torch's"
-    except FAULTS as error:
-        reason = _first_line(error)
-    if reason:
-        model.set_attn_implementation("sdpa")
-        return [Exchanged("model", "attention", reason)]
-    done = [Exchanged("model", "attention") for _ in calls]
-    for call in calls:
-        args, kwargs = arguments.get(call.module, ((), {}))
-        if not args and "position_embeddings" in kwargs:
-            done.append(_rotary(model, candidates[call.module], call, kwargs))
-    return done
-
-
-def _run(model: Any, modules: list[nn.Module]) -> tuple[list[attention.Call], dict[nn.Module, Any]]:
-    """What the modules of a model hand to the attention on two packed sequences, and what they are called with."""
-    arguments: dict[nn.Module, Any] = {}
-
-    def remember(module: nn.Module, args: Any, kwargs: Any) -> None:
-        arguments[module] = (args, kwargs)
-
-    embeddings: Any = model.get_input_embeddings()
-    tokens = torch.randint(embeddings.weight.shape[0], (2, 24), generator=torch.Generator().manual_seed(0))
-    inputs = {"input_ids": tokens}
-    if "position_ids" in inspect.signature(model.forward).parameters:
-        inputs["position_ids"] = torch.cat([torch.arange(10), torch.arange(14)]).expand(2, -1)
-    handles = [module.register_forward_pre_hook(remember, with_kwargs=True) for module in modules]
-    try:
-        with attention.recorded() as calls:
-            model(**inputs, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls, arguments
-
-
-def _same_as_torch(call: attention.Call) -> bool:
-    """Whether our attention gives what torch's does."""
-    heads = call.query, call.key, call.value
-    ours, _ = attention.attention_forward(call.module, *heads, call.mask, **call.options)
-    wanted, _ = sdpa_attention_forward(call.module, *heads, call.mask, **call.options)
-    return _agree(ours, wanted)
-
-
-def _rotary(model: nn.Module, name: str, call: attention.Call, kwargs: dict[str, Any]) -> Exchanged:
-    """Put the stand-in for an attention module in its place where it hands the same to the attention."""
-    layers = rotary_layers(call.module)
-    assert layers is not None
-    own = {key: value for key, value in call.options.items() if key not in kwargs}
-    own.pop("dropout")
-    scaling = own.pop("scaling")
-    simple = all(value is None or isinstance(value, bool | int | float) for value in own.values())
-    reason = "it computes something else than projections, rotation and attention"
-    if simple and scaling is not None:
-        fused = FusedRotaryAttention.of(call.module, Rotary(layers, scaling, tuple(own.items())))
-        try:
-            ours = fused.rotated(kwargs["hidden_states"], *kwargs["position_embeddings"])  # type: ignore[operator]
-            same = all(map(_agree, ours, (call.query, call.key, call.value)))
-            same = same and _agree(fused(**kwargs)[0], call.module(**kwargs)[0])
-        except FAULTS as error:
-            return Exchanged(name, "rotary attention", _first_line(error))
-        if same:
-            model.set_submodule(name, fused)
-            reason = ""
-    return Exchanged(name, "rotary attention", reason)
-
-
-def _agree(found: Tensor, wanted: Tensor) -> bool:
-    """Whether two results are one up to rounding: 4 epsilons of their dtype (1e-5 at least) of each row's largest."""
-    if found.dtype != wanted.dtype or found.shape != wanted.shape:
-        return False
-    tolerance = max(1e-5, 4 * torch.finfo(wanted.dtype).eps)
-    size = wanted.abs().amax(-1, keepdim=True).float()
-    return bool(((found.float() - wanted.float()).abs() <= tolerance * size + 1e-30).all())
-
-
-def _noise(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
-
-
 def _dtype(model: Any) -> torch.dtype:
     """The dtype of activations: that of the embeddings."""
     dtype: torch.dtype = model.get_input_embeddings().weight.dtype
     return dtype
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @contextmanager
