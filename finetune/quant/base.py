@@ -9,6 +9,7 @@ parameters, and DDP would broadcast buffers on every step. `.to(dtype)` leaves t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -50,6 +51,13 @@ class FrozenWeight(nn.Module, ABC):
     @abstractmethod
     def bits_per_weight(self) -> float:
         """Bits of storage per weight, scales included, bias excluded."""
+
+    def uncoupled(self) -> AbstractContextManager[object]:
+        """Within it a row of the input takes no part in what another row gives; a format whose rows do says how.
+
+        For checks that ask whether something else in the model lets rows mix.
+        """
+        return nullcontext()
 
     def bytes(self) -> int:
         """Bytes that the parameters of this module hold, bias included."""

@@ -9,6 +9,8 @@ it. Stacks of experts have the same keys; bitsandbytes has no such module.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -82,6 +84,15 @@ class Int8(PackedWeight):
     def as_operand(self, codes_OI: Tensor, absmax_O: Tensor, threshold: float) -> Operand:
         """Stored tensors of one matrix as operators take them."""
         return Operand([codes_OI, absmax_O], f"int8:{threshold}", self.out_features, self.in_features)
+
+    @contextmanager
+    def uncoupled(self) -> Iterator[None]:
+        """Weight-only: an outlier in one row decides how its column is multiplied in all of them."""
+        threshold, self.threshold = self.threshold, 0.0
+        try:
+            yield
+        finally:
+            self.threshold = threshold
 
     def settings(self) -> Int8Config:
         return Int8Config(threshold=self.threshold)

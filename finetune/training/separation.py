@@ -8,6 +8,7 @@ leak changes it, whatever the dtype), and is it what the model says of the secon
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from finetune.data.batching import LENGTH_STEP, collate, packed_mask
 from finetune.data.rows import Batch, Row, TokenRows
 from finetune.errors import RunError
+from finetune.quant.base import FrozenWeight
 
 MicroBatch = list[list[int]]
 """Sequences, each a list of row indices: one row unless packed."""
@@ -44,7 +46,10 @@ def needs_mask(model: nn.Module, rows: TokenRows, pad_id: int, device: torch.dev
     training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), ExitStack() as stack:
+            for module in model.modules():
+                if isinstance(module, FrozenWeight):  # what it lets rows share is no leak of the model's
+                    stack.enter_context(module.uncoupled())
             leak, difference = _mixing(model, first, second, pad_id, device, masked=False)
             if leak <= 0.5 and difference <= 8:
                 return False

@@ -5,15 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import bitsandbytes as bnb
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from finetune.adapters.lora_layers import LoRALinear
+from finetune.data.rows import Row, TokenRows
 from finetune.errors import ConfigError, ModelError
 from finetune.quant.base import QUANTIZERS
+from finetune.quant.freeze import freeze
 from finetune.quant.int8 import Int8Experts, Int8Linear
 from finetune.quant.int8_storage import Int8Config
+from finetune.structure.inspect import inspect
+from finetune.training.separation import needs_mask
 
 
 def filled(config: Int8Config, out_features: int = 48, in_features: int = 128, **options: Any) -> Any:
@@ -113,3 +118,21 @@ def test_it_says_its_size_and_settings() -> None:
     assert module.bits_per_weight() == 8 + 32 / 128 and module.storage == "int8"
     assert module.requantize(torch.randn(48, 128)).threshold == 4.0
     assert module.to(torch.bfloat16).SCB.dtype == torch.float32 and "threshold=4" in repr(module)
+
+
+def test_outliers_that_rows_share_are_no_leak_of_the_model() -> None:
+    """Whether packed rows stay apart is asked of its attention; the threshold is back afterwards."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    freeze(model, Int8Config(threshold=2.5), inspect(model))
+    ids = np.arange(3, 23, dtype=np.int32)
+    rows = TokenRows.of([Row(ids, ids)])
+    assert not needs_mask(model, rows, 0, torch.device("cpu"))
+    thresholds = {module.threshold for module in model.modules() if isinstance(module, Int8Linear)}
+    assert thresholds == {2.5}
