@@ -178,6 +178,25 @@ class TestModels:
         assert ballast(total=20, used=1, budget=24) == 0
         assert ballast(total=140, used=30, budget=24) == 110
 
+    def test_what_does_not_fit_is_a_failure_with_the_peak_it_would_have(self, monkeypatch):
+        memory = load("gpu.memory")
+        budgets = []
+
+        def within(size, budget, device, dtype):
+            budgets.append(budget)
+            if len(budgets) == 1:
+                raise torch.OutOfMemoryError("tried to allocate 1 GiB")
+            return {"peak_gib": 24.2, "losses": [3.0, 2.0]}
+
+        monkeypatch.setattr(memory, "within", within)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 140 * memory.GIB))
+        emitted = Emitted()
+        memory.prove("33b", 23.5, emitted, CPU)
+        assert budgets == [int(23.5 * memory.GIB), 140 * memory.GIB]
+        assert emitted.values() == {"memory_33b": 24.2}
+        faults = [values["reason"] for kind, _, values in emitted.lines if kind == "fault"]
+        assert len(faults) == 1 and "out of memory within 23.5 GiB" in faults[0]
+
     def test_engines_agree_and_their_ratios_come_out(self):
         emitted = Emitted()
         load("gpu.steps").compare("tiny", (64,), emitted, CPU)

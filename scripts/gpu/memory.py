@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from finetune.kernels import scratch
+
 GIB = 2**30
 
 
@@ -103,10 +105,21 @@ def prove(size: str, budget_gib: float, emit: Callable[..., None], device: torch
     emit("value", key, value=round(result["peak_gib"], 2))
 
 
+def try_float32(size: str, budget_gib: float, emit: Callable[..., None], device: torch.device) -> None:
+    """Whether adapters (and gradients) in float32 fit as well: a detail, no bar."""
+    try:
+        result: dict[str, Any] = {"fits": True, **within(size, int(budget_gib * GIB), device, "fp32")}
+    except torch.OutOfMemoryError:
+        result = {"fits": False}
+    emit("detail", f"memory_{size}_float32_adapters", budget_gib=budget_gib, **result)
+
+
 def within(size: str, budget: int, device: torch.device, dtype: str) -> dict[str, Any]:
     """Train with all but `budget` bytes of the card held by a ballast; the driver's peak, and torch's."""
     gc.collect()
+    scratch.release()
     torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
     torch.empty(1, device=device)  # makes the context, which counts
     free, total = torch.cuda.mem_get_info(device)
     held = ballast_bytes(total, total - free, budget)

@@ -97,10 +97,11 @@ def step(emit: Emit, device: Any, quick: bool) -> None:
 
 
 def memory_33b(emit: Emit, device: Any, quick: bool) -> None:
-    """The smaller memory proof."""
-    from gpu.memory import prove
+    """The smaller memory proof, and whether float32 adapters fit too."""
+    from gpu.memory import prove, try_float32
 
     prove("33b", 23.5, emit, device)
+    try_float32("33b", 23.5, emit, device)
 
 
 def memory_65b(emit: Emit, device: Any, quick: bool) -> None:
@@ -121,7 +122,7 @@ STAGES = (
     Stage("environment", 40, True, environment),
     Stage("checks", 110, True, checks),
     Stage("kernels", 100, True, kernels),
-    Stage("memory_33b", 100, False, memory_33b),
+    Stage("memory_33b", 120, False, memory_33b),
     Stage("step", 120, False, step),
     Stage("training", 110, False, training),
     Stage("memory_65b", 140, False, memory_65b),
