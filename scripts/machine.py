@@ -8,7 +8,7 @@ import os
 import platform
 from pathlib import Path
 
-PACKAGES = ("torch", "transformers", "accelerate", "bitsandbytes", "peft")
+PACKAGES = ("torch", "transformers", "accelerate", "bitsandbytes", "peft", "torchao")
 
 
 def describe_machine() -> dict[str, str | int]:

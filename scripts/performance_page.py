@@ -127,14 +127,28 @@ def linear_table(section: str) -> Callable[[], str]:
     return build
 
 
+def around_table() -> str:
+    """Fused operators beside torch's own."""
+    body = []
+    for isa, words in ISAS.items():
+        rows = only(under(isa, 1), section="around")
+        for name in dict.fromkeys(row["operator"] for row in rows):
+            mine, theirs = (only(rows, operator=name, engine=engine)[0] for engine in ("finetune", "torch"))
+            body.append(
+                [words, name, f"{theirs['milliseconds']:.2f}", f"{mine['milliseconds']:.2f}", f"{mine['speed']:.2f}"]
+            )
+    return table(["CPU", "operator", "torch, ms", "ours, ms", "speed"], body)
+
+
 def startup() -> str:
     """The slowest answers."""
     found = load("startup.json")
     answers = sorted(found.get("answers", []), key=lambda answer: -answer["wall"])
     shown = [[" ".join(f"`{a}`" for a in answer["arguments"]), answer["wall"], answer["cpu"]] for answer in answers[:5]]
-    if answers:
-        walls = [answer["wall"] for answer in answers]
-        shown.append([f"median of all {len(walls)}", f"{statistics.median(walls):.2f}", ""])
+    if not answers:
+        return "Not measured."
+    walls = [answer["wall"] for answer in answers]
+    shown.append([f"median of all {len(walls)}", f"{statistics.median(walls):.2f}", ""])
     return table(["command line", "seconds", "CPU seconds"], shown)
 
 
@@ -190,6 +204,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "nf4": linear_table("nf4"),
     "int8": linear_table("int8"),
     "groups": linear_table("groups"),
+    "around": around_table,
     "startup": startup,
     "others": others,
     "gpu": gpu,

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cpu.around import around
 from cpu.engines import build
 from cpu.timing import BASE, Call, clock, interleaved, speed
 
@@ -156,4 +157,5 @@ SECTIONS: dict[str, Callable[[Namespace, Emit], None]] = {
     "dequantize": dequantize,
     "quantize": quantize,
     "linear": linear,
+    "around": around,
 }
