@@ -164,8 +164,8 @@ bool run(const Work table[][2], const Rows& rows, int64_t M, int dtype, int acti
 }  // namespace
 }  // namespace finetune
 
-// out[M, N] = act(gate) * up, of float32 or bf16; rows of gate and up the strides apart. False, nothing written, for other
-// types.
+// out[M, N] = act(gate) * up, of float32 or bf16; rows of gate and up the strides apart. False, nothing written, for
+// other types.
 FT_API bool ft_act_mul(int64_t M, int64_t N, const void* gate, int64_t gate_stride, const void* up, int64_t up_stride,
                        int dtype, int activation, void* out, int threads) {
   const finetune::Rows rows{N, gate_stride, up_stride, gate, up, nullptr, out, nullptr, nullptr};

@@ -113,9 +113,9 @@ bool each_head(const Problem& problem, const Shape& shape, size_t bytes, Work wo
 
 }  // namespace finetune
 
-// Attention of bf16 heads. `sizes`: B, H, G, Q, K, D. `strides`: of query, key, value and out, each over batch, head and
-// position, then of the mask over batch and query (bytes). `mask`: bool [B, 1, Q, K] or null; `causal` (Q == K) counts
-// only without one. `log_sum`: float32 [B, H, Q]. Returns false, nothing written, where this CPU or memory does not serve.
+// Attention of bf16 heads. `sizes`: B, H, G, Q, K, D. `strides`: of query, key, value and out, each over batch, head
+// and position, then of the mask over batch and query (bytes). `mask`: bool [B, 1, Q, K] or null; `causal` (Q == K)
+// counts only without one. `log_sum`: float32 [B, H, Q]. Returns false where this CPU or memory does not serve.
 FT_API bool ft_attention(const int64_t* sizes, const int64_t* strides, void* query, void* key, void* value,
                          const uint8_t* mask, bool causal, float scale, void* out, float* log_sum, int threads) {
 #ifdef FT_X86
@@ -133,8 +133,8 @@ FT_API bool ft_attention(const int64_t* sizes, const int64_t* strides, void* que
 #endif
 }
 
-// The gradients, given `out` and `log_sum` of the forward. `strides`: of query, key, value, out, then the mask's two, then
-// of grad, grad_query, grad_key and grad_value.
+// The gradients, given `out` and `log_sum` of the forward. `strides`: of query, key, value, out, then the mask's two,
+// then of grad, grad_query, grad_key and grad_value.
 FT_API bool ft_attention_backward(const int64_t* sizes, const int64_t* strides, void* query, void* key, void* value,
                                   const uint8_t* mask, bool causal, float scale, void* out, float* log_sum, void* grad,
                                   void* grad_query, void* grad_key, void* grad_value, int threads) {

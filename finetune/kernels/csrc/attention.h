@@ -1,7 +1,7 @@
 // Softmax attention over bf16 heads, forward and backward, with memory linear in the length.
 //
-// FlashAttention's scheme (Dao et al. 2022, arXiv:2205.14135, algorithms 1 and 4; Dao 2023, arXiv:2307.08691): blocks of
-// queries meet blocks of keys, the softmax is kept online, and the backward makes the probabilities again from the
+// FlashAttention's scheme (Dao et al. 2022, arXiv:2205.14135, algorithms 1 and 4; Dao 2023, arXiv:2307.08691): blocks
+// of queries meet blocks of keys, the softmax is kept online, and the backward makes the probabilities again from the
 // log-sum-exp. Scores are held transposed (keys down, queries across), so that maxima and sums over keys are plain
 // vector operations and no product needs its operand transposed anew.
 //

@@ -142,8 +142,8 @@ Function choose(int dtype, int weight_dtype, Function f32, Function bf, Function
 }  // namespace
 }  // namespace finetune
 
-// x, y: [M, N] of `dtype` (float32 or bf16); weight: [N] of `weight_dtype` (the same, or float32); inverse: float32 [M].
-// Returns false, nothing written, for other types.
+// x, y: [M, N] of `dtype` (float32 or bf16); weight: [N] of `weight_dtype` (the same, or float32); inverse: float32
+// [M]. Returns false, nothing written, for other types.
 FT_API bool ft_rms_norm(int64_t M, int64_t N, const void* x, int dtype, const void* weight, int weight_dtype, float eps,
                         float offset, void* y, float* inverse, int threads) {
   using namespace finetune;
@@ -153,8 +153,8 @@ FT_API bool ft_rms_norm(int64_t M, int64_t N, const void* x, int dtype, const vo
   return true;
 }
 
-// grad, grad_x: [M, N] of `dtype`; inverse: of the forward; grad_weight: float32 [N] or null. The partial sums depend on
-// the number of threads alone, so that the same run gives the same bits.
+// grad, grad_x: [M, N] of `dtype`; inverse: of the forward; grad_weight: float32 [N] or null. The partial sums depend
+// on the number of threads alone, so that the same run gives the same bits.
 FT_API bool ft_rms_norm_backward(int64_t M, int64_t N, const void* grad, const void* x, int dtype, const void* weight,
                                  int weight_dtype, const float* inverse, float offset, void* grad_x, float* grad_weight,
                                  int threads) {
