@@ -44,7 +44,9 @@ def why_off() -> str | None:
         return "Triton is not installed (pip install triton)"
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "Triton wants a C compiler, and there is neither gcc nor clang here"
-    if not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
+    scheme = sysconfig.get_default_scheme()
+    scheme = "posix_prefix" if scheme == "posix_local" else scheme  # Debian's own has no headers; so does Triton choose
+    if not Path(sysconfig.get_paths(scheme=scheme)["include"], "Python.h").is_file():
         return "Triton wants the headers of Python, and there is no Python.h here"
     return None
 

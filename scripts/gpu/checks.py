@@ -24,39 +24,14 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 
-from finetune.kernels import affine, dispatch, int8, reference
-from finetune.kernels.triton_backend import DEVICES, INTERPRETED
+from finetune.kernels import affine, dispatch, int8, reference, triton_backend
+from finetune.kernels.triton_backend import DEVICES
+from gpu.oracle import ROUNDING, close, draw, same_bits
 
-ROUNDING = {torch.float32: 2e-6, torch.float16: 1.5e-3, torch.bfloat16: 1e-2}
-"""Relative error (L2) that a product may have by the rounding of its output and the order of its sums."""
 SHAPES = ((48, 96), (7, 33), (5, 77), (3, 64), (2, 3, 50), (1, 4096 + 34))
 """Whole blocks, rows that end within a block, an odd count, a stack of experts, more than a program takes."""
 PRODUCTS = ((1, 40, 128), (2, 70, 160), (3, 65, 96), (16, 64, 256), (40, 33, 64), (5, 31, 50))
 """M, O, I: plain sums, matrix units with ragged tiles, and a width that cannot be fused."""
-
-
-def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Normal values of rows that differ in size, on the CPU."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.rand(shape[0], generator=generator).view(-1, *[1] * (len(shape) - 1)) + 0.1
-    return (torch.randn(shape, generator=generator) * rows).to(dtype)
-
-
-def same_bits(found: Tensor, expected: Tensor, what: str) -> None:
-    """Both hold the same values, NaN apart; bfloat16 may differ by a unit in the interpreter, which truncates."""
-    found = found.cpu()
-    if INTERPRETED and found.dtype == torch.bfloat16:
-        near = (found.float() - expected.float()).abs() <= expected.float().abs() * 2**-7
-        assert bool(near.all()), f"{what}: further than a unit from the reference"
-        return
-    assert torch.equal(found, expected), f"{what}: {int((found != expected).sum())} of {found.numel()} values differ"
-
-
-def close(found: Tensor, exact: Tensor, what: str) -> float:
-    """The relative error of a product against float64; more than its dtype's rounding raises."""
-    error = float((found.cpu().double() - exact).norm() / exact.norm())
-    assert error < ROUNDING[found.dtype], f"{what}: relative error {error:.2e} (limit {ROUNDING[found.dtype]:.0e})"
-    return error
 
 
 def codebook4_decode(device: torch.device) -> float:
@@ -283,6 +258,8 @@ def operators(device: torch.device) -> float:
     if device.type not in DEVICES:
         return 0.0
     from finetune.kernels import ops
+
+    assert triton_backend.why_off() is None, f"the Triton kernels are off: {triton_backend.why_off()}"
 
     packed = reference.quantize_4bit(draw(256, 128), "nf4", 64, True)
     here = [None if part is None else part.to(device) for part in packed]

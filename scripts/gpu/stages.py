@@ -50,7 +50,7 @@ def environment(emit: Emit, device: Any, quick: bool) -> None:
     """What there is, and what is missing."""
     import torch
 
-    from finetune.kernels import native
+    from finetune.kernels import native, triton_backend
 
     versions = {}
     for name in PACKAGES:
@@ -59,6 +59,8 @@ def environment(emit: Emit, device: Any, quick: bool) -> None:
         except metadata.PackageNotFoundError:
             emit("note", f"{name} is not installed: what needs it is not measured")
     found: dict[str, Any] = {"python": platform.python_version(), "packages": versions, "cpu_kernels": native.level()}
+    if triton_backend.why_off() is not None:
+        emit("note", f"the Triton kernels are off: {triton_backend.why_off()}")
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         free, total = torch.cuda.mem_get_info(device)
