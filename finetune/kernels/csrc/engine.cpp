@@ -36,9 +36,9 @@ struct Job {
 
 // Panels, measured on Granite Rapids and meant for second-level caches from 1 MiB (Zen 4). The forward takes long
 // pieces of rows, which decode fast, and writes few partial results. The gradient would read short pieces of very many
-// rows; for a few rows of g, where decoding is most of the work, it takes longer pieces of fewer rows.
-constexpr int64_t LINEAR_DEPTH = 2048, GRADIENT_DEPTH = 1024, FEW_ROWS_DEPTH = 256;
-constexpr int64_t FEW_ROWS = 256;
+// rows; it takes longer pieces of fewer rows, and its blocks of packed input then fit the first-level cache.
+constexpr int64_t LINEAR_DEPTH = 2048, GRADIENT_DEPTH = 320;
+constexpr int64_t WHOLE_DEPTH = 1024;  // up to it a gradient is not cut: the rows are few
 constexpr int64_t PANEL_BYTES = int64_t{1} << 20;
 constexpr int64_t GROUP = 8;  // rows that are decoded before their pairs are interleaved
 // Above these M decoding everything and the vendor's product are as fast where there are no tiles: by VDPBF16PS, the
@@ -133,11 +133,10 @@ void pack(const Job& job, int64_t s, bf16* packed) {
 }
 
 void plan(Job& job) {
-  int64_t most = job.transposed ? LINEAR_DEPTH : GRADIENT_DEPTH;
-  if (!job.transposed && job.M <= FEW_ROWS && job.K > GRADIENT_DEPTH) most = FEW_ROWS_DEPTH;
-  int64_t parts = ceil_div(job.K, most);
+  bool cut = !job.transposed && job.K > WHOLE_DEPTH;
+  int64_t parts = ceil_div(job.K, cut ? GRADIENT_DEPTH : LINEAR_DEPTH);
   job.depth = ceil_div(ceil_div(job.K, parts), DEPTH) * DEPTH;
-  int64_t bytes = PANEL_BYTES / (job.tiles ? 1 : 2);
+  int64_t bytes = PANEL_BYTES / (cut || !job.tiles ? 2 : 1);
   int64_t width = bytes / static_cast<int64_t>(sizeof(bf16)) / job.depth / BLOCK * BLOCK;
   if (job.transposed && job.M <= BLOCK) width = BLOCK;  // nothing is used twice
   job.width = std::max(BLOCK, std::min(width, ceil_div(job.N, BLOCK) * BLOCK));
