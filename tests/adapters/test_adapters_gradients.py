@@ -112,3 +112,15 @@ def test_bases_that_round_activations(method: str) -> None:
     assert all(bool(g.isfinite().all()) for g in gradients(model, adapter).values())
     with torch.no_grad(), adapter.disabled():
         assert torch.equal(model.eval()(ids(), use_cache=False).logits, wanted)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_checkpointed_blocks_learn_the_same(method: str) -> None:
+    found = []
+    for checkpointing in (False, True):
+        model = frozen_in(NF4Config(), "llama")
+        adapter = adapted(method, "llama", model)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        found.append(gradients(model, adapter))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
