@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: quickstart test test-all test-floor lint install
+.PHONY: quickstart test test-all test-floor lint gpu install
 
 quickstart: install
 	$(BIN)/python train.py
@@ -18,6 +18,9 @@ test-all: install
 test-floor:
 	$(PYTHON) scripts/floor.py .venv-floor
 	.venv-floor/bin/python -m pytest -q -n 2 --dist loadfile -m "not slow"
+
+gpu:  # on a CUDA host, with the interpreter that is there; installs nothing
+	$(PYTHON) scripts/gpu_acceptance.py
 
 lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

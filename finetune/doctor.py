@@ -41,12 +41,14 @@ def backends() -> dict[str, str]:
     """Each backend with "on" or the reason why it is off."""
     import torch
 
-    from finetune.kernels import native
+    from finetune.kernels import native, triton_backend
 
-    reason = native.why_off()
+    reason, no_triton = native.why_off(), triton_backend.why_off()
+    waits = "on" if torch.cuda.is_available() else "ready, but torch sees no GPU"
     state = {
         "torch reference kernels": "on",
         "compiled CPU kernels": f"off: {reason}" if reason else f"on: {native.level()}",
+        "Triton kernels": f"off: {no_triton}" if no_triton else waits,
     }
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
