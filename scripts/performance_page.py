@@ -75,7 +75,8 @@ def thread_bars() -> str:
 
 def step_bars() -> str:
     """The bars of the training step."""
-    return judged(STEP, {"measured": load("step_cpu.json").get("rows", [])})
+    files = {"one thread": "step_cpu.json", "two threads": "step_cpu_2_threads.json"}
+    return judged(STEP, {words: load(name).get("rows", []) for words, name in files.items()})
 
 
 def decode_table() -> str:
