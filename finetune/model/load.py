@@ -35,7 +35,7 @@ class Loaded:
         digests: sha256 of "base" (the checkpoint's tensors as stored), "tokenizer", "chat_template" (of null where
             there is none) and "quantization" (the settings in force).
         base_path: directory or hub id, as configured; `embedded` as its directory.
-        quantization_config: of config.json, in transformers' terms where stock reads such a model; None for a dense one.
+        quantization_config: of config.json, in transformers' terms where stock reads it; None for a dense base.
         notes: what the user should know.
         quant: the storage settings in force.
     """

@@ -16,7 +16,8 @@ from transformers.utils import logging
 from finetune.errors import ModelError, nearest
 from finetune.model.check import read_json
 from finetune.model.config import ModelConfig
-from finetune.model.quantizer import FrozenBaseConfig, Loading
+from finetune.model.loading import Loading
+from finetune.model.quantizer import FrozenBaseConfig
 from finetune.model.stored import METHOD
 from finetune.model.streaming import fixed_thresholds, own_memory
 

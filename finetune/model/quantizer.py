@@ -12,9 +12,7 @@ Written against `transformers.quantizers.base.HfQuantizer` and `transformers.cor
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,56 +23,14 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from finetune.errors import ConfigError, ModelError
-from finetune.model.stored import METHOD, Storage, quantization_config
-from finetune.model.streaming import PageRelease
+from finetune.model.loading import Loading
+from finetune.model.stored import METHOD
 from finetune.quant.base import QUANTIZERS, FrozenWeight, QuantConfig
 from finetune.quant.dense import DenseConfig, DenseLinear
 from finetune.quant.freeze import empty_frozen, replace_projection
 from finetune.quant.packed import PackedExperts, PackedWeight
 from finetune.structure import Projection, Structure, inspect
 from finetune.structure.inspect import projection_of
-
-
-@dataclass
-class Loading:
-    """One load: its settings, and what it finds out. Shared by everything that transformers copies along the way.
-
-    Attributes:
-        quant: the storage format in force.
-        dtype: of what stays unquantized, and of what frozen modules stand for.
-        stored: how a prequantized checkpoint is stored; None for a dense one.
-        kept: names of the linear modules that stayed unquantized, known after loading.
-        stacks: whether experts are packed, known after loading.
-        mismatched: names of tensors whose shape in the checkpoint is not the model's.
-        notes: what the user should know.
-        failure: the first error of an operation, which transformers would only report.
-    """
-
-    quant: QuantConfig
-    dtype: torch.dtype
-    stored: Storage | None = None
-    pages: PageRelease = field(default_factory=PageRelease)
-    kept: list[str] = field(default_factory=list)
-    stacks: bool = False
-    mismatched: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    failure: Exception | None = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Loading:
-        return self
-
-    def told(self) -> dict[str, Any] | None:
-        """`quantization_config` of config.json for the model as it is; None for a dense one."""
-        return quantization_config(self.quant, self.dtype, self.kept, stacks=self.stacks)
-
-    @contextmanager
-    def keeping_failure(self) -> Iterator[None]:
-        """Remember the first exception that leaves this block."""
-        try:
-            yield
-        except Exception as error:
-            self.failure = self.failure or error
-            raise
 
 
 @register_quantization_config(METHOD)

@@ -77,14 +77,20 @@ def test_we_read_the_int8_that_stock_saves(checkpoint: Checkpoint, tmp_path: Pat
     mine, fresh = loaded.model.state_dict(), ours(path, Int8Config(), torch.float16).model.state_dict()
     assert all(torch.equal(mine[key], fresh[key]) for key in fresh)
     assert ours(tmp_path, Int8Config(threshold=2.0), torch.float16).quant == Int8Config(threshold=2.0)
-    with pytest.raises(ModelError, match="quant=nf4 conflicts with .*quant=int8"):
+    with pytest.raises(ModelError, match=r"quant=nf4 conflicts with .*quant=int8"):
         ours(tmp_path, NF4Config())
 
 
 @pytest.mark.parametrize("family", ["Llama", "GPT2", "Mixtral", "GptOss"])
 @pytest.mark.parametrize(
     "quant",
-    [Int8Config(), Int8gConfig(), Int4Config(group_size=32, zero_point="real"), Int3Config(symmetric=True), NF4Config()],
+    [
+        Int8Config(),
+        Int8gConfig(),
+        Int4Config(group_size=32, zero_point="real"),
+        Int3Config(symmetric=True),
+        NF4Config(),
+    ],
     ids=lambda quant: quant.name,
 )
 def test_a_saved_model_is_a_base_again(
@@ -122,11 +128,11 @@ def test_stock_refuses_by_name_what_it_cannot_read(
 def test_conflicts_are_one_line_that_names_both(checkpoint: Checkpoint, tmp_path: Path) -> None:
     path = checkpoint("Llama")
     four = saved(ours(path, NF4Config()), tmp_path / "nf4", path)
-    with pytest.raises(ModelError, match="quant=int4 conflicts with .*quant=nf4: use quant=keep") as error:
+    with pytest.raises(ModelError, match=r"quant=int4 conflicts with .*quant=nf4: use quant=keep") as error:
         ours(four, Int4Config())
     assert "\n" not in str(error.value) and error.value.exit_code == 2
     integers = saved(ours(path, Int4Config()), tmp_path / "int4", path)
-    with pytest.raises(ModelError, match="quant.group_size=128 conflicts .*quant.group_size=64"):
+    with pytest.raises(ModelError, match=r"quant.group_size=128 conflicts .*quant.group_size=64"):
         ours(integers, Int4Config(group_size=128))
 
 
