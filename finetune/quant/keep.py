@@ -23,4 +23,4 @@ def build(config: KeepConfig, *args: Any, **options: Any) -> NoReturn:
     Raises:
         ConfigError: always.
     """
-    raise ConfigError("quant=keep takes the format from a checkpoint: choose none, nf4 or fp4 for a model in memory")
+    raise ConfigError("quant=keep takes the format from a checkpoint: choose another for a model in memory")
