@@ -26,6 +26,8 @@ from finetune.kernels.autocast import no_autocast
 IGNORE = -100
 CHUNK_BYTES = 32 * 2**20
 """Bytes that the float32 logits of a chunk may take."""
+MOST_ROWS = 256
+"""Products over more rows are no faster, and their logits are the peak of a small model's memory."""
 ROUND_ROWS = 128
 """Products run over a multiple of so many rows. How many positions are learnt differs from step to step, and oneDNN
 compiles and keeps a kernel for every shape it meets: without the rounding memory grows with every step."""
@@ -39,9 +41,9 @@ _library.define(
 
 
 def chunk_rows(vocab: int) -> int:
-    """Positions whose float32 logits fit `CHUNK_BYTES`, whole multiples of `ROUND_ROWS` where that many do; at least
-    16, as products over fewer waste the machine."""
-    rows = max(16, CHUNK_BYTES // (4 * vocab))
+    """Positions whose float32 logits fit `CHUNK_BYTES`, whole multiples of `ROUND_ROWS` where that many do, at most
+    `MOST_ROWS`; at least 16, as products over fewer waste the machine."""
+    rows = min(MOST_ROWS, max(16, CHUNK_BYTES // (4 * vocab)))
     return rows - rows % ROUND_ROWS if rows > ROUND_ROWS else rows
 
 
