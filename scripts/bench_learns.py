@@ -1,9 +1,9 @@
 """Does LoRA on an NF4 base learn as well as on the dense one, and do bf16 adapters as well as float32 ones?
 
 `python scripts/bench_learns.py`, with another base by `--story-model DIR --story-data FILE`; the second question by
-`--compare adapter`. Runs train.py for each base, choice and seed, and writes the held-out losses to
-benchmarks/results/learns.json or learns_adapter.json. Rows already in the file are kept, so an interrupted benchmark
-goes on where it stopped.
+`--compare adapter`; all integer storages, one short run each, by `--compare integers --seeds 1`. Runs train.py for each
+base, choice and seed, and writes the held-out losses to benchmarks/results/learns.json or learns_<comparison>.json.
+Rows already in the file are kept, so an interrupted benchmark goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SHORT = ["train.max_steps=150", "train.eval_every=50", "train.save_every=null"]
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two values of one key.
+    """Values of one key.
 
     Attributes:
         key, values: of the configuration; the first value is the reference.
@@ -36,14 +36,21 @@ class Comparison:
     """
 
     key: str
-    values: tuple[str, str]
-    names: tuple[str, str]
+    values: tuple[str, ...]
+    names: tuple[str, ...]
     file: str
     common: tuple[str, ...]
 
 
 COMPARISONS = {
     "storage": Comparison("quant", ("none", "nf4"), ("dense", "NF4"), "learns.json", ("train.dtype=fp32",)),
+    "integers": Comparison(
+        "quant",
+        ("none", "nf4", "int8", "int8g", "int4", "int3", "int2"),
+        ("dense", "NF4", "LLM.int8()", "int8g", "int4", "int3", "int2"),
+        "learns_integers.json",
+        ("train.dtype=fp32",),
+    ),
     "adapter": Comparison(
         "adapter.dtype", ("fp32", "bf16"), ("float32", "bf16"), "learns_adapter.json", ("train.dtype=bf16", "quant=nf4")
     ),
@@ -56,6 +63,8 @@ def tasks(compare: str, story_model: str | None, story_data: str | None) -> dict
     if compare == "adapter":
         headline = ["adapter.rank=64", "adapter.alpha=16", "train.learning_rate=1e-4", "train.schedule=constant"]
         return {embedded: SHORT, f"{embedded}, rank and learning rate of qlora_33b": [*SHORT, *headline]}
+    if compare == "integers":
+        return {f"{embedded}, 60 steps": ["train.max_steps=60", "train.eval_every=20", "train.save_every=null"]}
     found = {embedded: SHORT}
     if story_model and story_data:
         # The gap closes while it trains, so a short run is kept on record beside the full one.
@@ -85,7 +94,7 @@ def one_run(overrides: list[str]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Fill in the missing rows, then print how far the second value is from the first."""
+    """Fill in the missing rows, then print how far the other values are from the first."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--compare", choices=COMPARISONS, default="storage")
     parser.add_argument("--story-model", help="a second base: directory of a small pretrained model")
@@ -109,12 +118,10 @@ def main() -> None:
         for seed in sorted({row["seed"] for row in rows if row["task"] == task}):
             same = [row for row in rows if (row["task"], row["seed"]) == (task, seed)]
             loss = {row[compared.key]: row["eval_loss_last"] for row in same}
-            if set(loss) == set(compared.values):
-                first, second = (loss[value] for value in compared.values)
-                names = compared.names
-                print(
-                    f"{task}, seed {seed}: {names[0]} {first:.4f}, {names[1]} {second:.4f}, ratio {second / first:.4f}"
-                )
+            named = [(name, loss[v]) for name, v in zip(compared.names, compared.values, strict=True) if v in loss]
+            for name, value in named[1:]:
+                first = named[0][1]
+                print(f"{task}, seed {seed}: {named[0][0]} {first:.4f}, {name} {value:.4f}, ratio {value / first:.4f}")
 
 
 if __name__ == "__main__":
