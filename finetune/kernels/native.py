@@ -19,6 +19,9 @@ from torch import Tensor
 LIBRARY = Path(__file__).with_name("_native.so")
 LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
 """What a CPU offers, in the order of csrc/native.h. `FINETUNE_CPU` names the highest to use, or `off`."""
+ABI = 1
+"""Counts the versions of the library's interface, here and in csrc/native.cpp: raise both with any function that is
+new, gone or called otherwise, so that a library left over from another version is not called."""
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Element types as csrc/native.h numbers them."""
 
@@ -46,9 +49,11 @@ def why_off() -> str | None:
     if not LIBRARY.is_file():
         return "not compiled: install again where there is a C++ compiler (pip install --force-reinstall --no-deps)"
     try:
-        ctypes.CDLL(str(LIBRARY))
+        abi = getattr(ctypes.CDLL(str(LIBRARY)), "ft_abi", int)()
     except OSError as error:
         return f"{LIBRARY.name} does not load: {error}"
+    if abi != ABI:
+        return f"{LIBRARY.name} is of another version of finetune (interface {abi}, expected {ABI}): install again"
     return None
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -28,3 +30,20 @@ def test_off_says_why(asked: str, said: str) -> None:
     environment = {**os.environ, "FINETUNE_CPU": asked}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("off None") and said in done.stdout
+
+
+def test_a_library_of_another_version_is_not_called(tmp_path: Path) -> None:
+    source, library = tmp_path / "old.cpp", tmp_path / "_native.so"
+    source.write_text('extern "C" int ft_abi() { return -1; }\n', "utf-8")
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("there is no C++ compiler here")
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
+    code = f"""
+from pathlib import Path
+from finetune.kernels import native
+native.LIBRARY = Path({str(library)!r})
+print(native.level(), native.why_off())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("off") and "interface -1, expected" in done.stdout
