@@ -109,7 +109,7 @@ def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
     (rows / "train.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Served", (Hub,), {"root": tmp_path / "hub"}))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    inherited = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
+    inherited = {key: value for key, value in os.environ.items() if not key.endswith("_OFFLINE")}
     yield {
         **inherited,
         "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",

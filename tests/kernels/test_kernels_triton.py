@@ -127,8 +127,10 @@ class TestDispatch:
 class TestScratch:
     CPU = torch.device("cpu")
 
-    def teardown_method(self):
+    def setup_method(self):
         scratch.release()
+
+    teardown_method = setup_method
 
     def test_is_reused_and_grows(self):
         with scratch.borrowed((4, 8), torch.float32, self.CPU) as first:
