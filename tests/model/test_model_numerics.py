@@ -47,8 +47,13 @@ def test_pieces_batches_and_caches_agree(loaded: tuple[Any, Any, str]) -> None:
     close(cut(model, ids_BS, [1] * length), whole, dtype)
     close(cut(model, ids_BS, [5, 4, length - 9]), whole, dtype)
     close(model(ids_BS.repeat(9, 1), use_cache=False).logits[:1], whole, dtype)
-    greedy = [model.generate(ids_BS, max_new_tokens=24, do_sample=False, use_cache=cached) for cached in (True, False)]
-    assert torch.equal(*greedy)
+    cached, plain = (
+        model.generate(ids_BS, max_new_tokens=24, do_sample=False, use_cache=cached)[0] for cached in (True, False)
+    )
+    apart = (cached != plain).nonzero()
+    if len(apart):  # two tokens may tie in bf16, whose logits near 10 are 1/16 apart; then rounding chooses
+        best = model(plain[None, : int(apart[0])], use_cache=False).logits[0, -1].topk(2).values
+        assert dtype == "bf16" and best[0] - best[1] <= 1 / 16
 
 
 def test_the_grad_mode_changes_no_bit(loaded: tuple[Any, Any, str]) -> None:
