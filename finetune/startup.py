@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,3 +22,12 @@ def importing() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+def staying() -> None:
+    """Say that a run follows, for which a quick stop no longer matters.
+
+    The interpreter then ends with everything in the collector's sight again, as libraries expect that count what they
+    made: Triton's bindings complain of leaks otherwise.
+    """
+    atexit.register(gc.unfreeze)
