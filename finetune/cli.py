@@ -103,13 +103,12 @@ def launch(entry: Callable[[], None], config_dir: Path) -> None:
 
 
 def _launch(entry: Callable[[], None], config_dir: Path, arguments: list[str]) -> int:
-    from finetune.startup import importing, staying
+    from finetune.startup import importing
 
     with importing():
         code, multirun = _before(config_dir.resolve(), arguments)
     if code is not None:
         return code
-    staying()
     # Hydra's launchers read the command line again; a job that fails is recorded in JOBS and never raises into them.
     entry()
     if multirun and JOBS.done and os.environ.get("RANK", "0") == "0":

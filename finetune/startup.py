@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,6 +18,7 @@ def importing() -> Iterator[None]:
     frozen (`gc.freeze`) they are out of the collector's sight for good, during the run as well.
     """
     gc.disable()
+    atexit.register(_settle)
     try:
         yield
     finally:
@@ -24,10 +26,7 @@ def importing() -> Iterator[None]:
         gc.enable()
 
 
-def staying() -> None:
-    """Say that a run follows, for which a quick stop no longer matters.
-
-    The interpreter then ends with everything in the collector's sight again, as libraries expect that count what they
-    made: Triton's bindings complain of leaks otherwise.
-    """
-    atexit.register(gc.unfreeze)
+def _settle() -> None:
+    """Triton's bindings count what they made, and complain of leaks where the collector does not see it at the end."""
+    if "triton" in sys.modules:
+        gc.unfreeze()
