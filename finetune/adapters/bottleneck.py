@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from finetune.adapters.own_format import as_saved
 from finetune.adapters.targets import matches
-from finetune.adapters.weight import AdaptedLinear, AdaptedWeight, WeightAdapter, WeightConfig
+from finetune.adapters.weight import AdaptedWeight, WeightAdapter, WeightConfig, WrappedLinear
 from finetune.errors import ConfigError, nearest
 from finetune.quant.base import FrozenLinear
 from finetune.structure import Projection, inspect
@@ -96,7 +96,7 @@ class Bottleneck(nn.Module):
         return h_BH + F.linear(self.act(F.linear(h_BH, down_WH, down_W)), up_HW, up_H)
 
 
-class BottleneckLinear(AdaptedLinear):
+class BottleneckLinear(WrappedLinear):
     """A projection that ends a sub-layer, and the bottleneck after it."""
 
     def __init__(self, base: FrozenLinear, bottleneck: Bottleneck) -> None:
@@ -107,10 +107,6 @@ class BottleneckLinear(AdaptedLinear):
         """y_BH: the sub-layer's output through the bottleneck."""
         y_BH: Tensor = self.bottleneck(self.base(x_BI))
         return y_BH
-
-    def merge(self, weight: Tensor) -> Tensor:
-        """There is no such weight."""
-        raise NotImplementedError("a bottleneck is not linear")
 
 
 class BottleneckModule(AdaptedWeight):
@@ -131,10 +127,6 @@ class BottleneckModule(AdaptedWeight):
         if isinstance(output, tuple):
             return (self.bottleneck(output[0]), *output[1:])
         return self.bottleneck(output)
-
-    def merge(self, weight: Tensor) -> Tensor:
-        """There is no such weight."""
-        raise NotImplementedError("a bottleneck is not linear")
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -14,12 +14,12 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from finetune.adapters.weight import AdaptedLinear, WeightAdapter, WeightConfig
+from finetune.adapters.weight import WeightAdapter, WeightConfig, WrappedLinear
 from finetune.quant.base import FrozenLinear
 from finetune.structure import Projection
 
 
-class BiasLinear(AdaptedLinear):
+class BiasLinear(WrappedLinear):
     """A frozen linear layer whose bias trains; one without gets zeros.
 
     Attributes:
@@ -37,10 +37,6 @@ class BiasLinear(AdaptedLinear):
         y_BO = self.base(x_BI)
         learnt_O = self.trained_bias if self.bias is None else self.trained_bias - self.bias.to(self.trained_bias.dtype)
         return y_BO + learnt_O.to(y_BO.dtype)
-
-    def merge(self, weight: Tensor) -> Tensor:
-        """The weight does not change."""
-        return weight
 
     def merged(self) -> Iterator[tuple[str, Tensor]]:
         """The bias alone: what stores the weight keeps its codes."""

@@ -67,19 +67,24 @@ class AdaptedWeight(nn.Module, ABC):
         """The stored weight of the base, without what was trained."""
         return self.base.dequantize(dtype)  # type: ignore[operator]
 
+    def merged(self) -> Iterator[tuple[str, Tensor]]:
+        """What training has changed of the base, by its name there and in float32; nothing where it changed nothing."""
+        return iter(())
+
+
+class FoldedWeight(AdaptedWeight):
+    """A frozen weight that what trains beside it can be folded into."""
+
     @abstractmethod
     def merge(self, weight: Tensor) -> Tensor:
         """The weight (float32, as `base.dequantize` lays it out: w_OI, or a stack) with what was trained folded in."""
 
     def merged(self) -> Iterator[tuple[str, Tensor]]:
-        """What training has changed of the base, by its name there, merged: the weight and, for some methods, the bias.
-
-        In float32; the weight as `merge` gives it.
-        """
+        """The weight as `merge` gives it; a method that changes the bias as well adds it."""
         yield "weight", self.merge(self.dequantize(torch.float32))
 
 
-class AdaptedLinear(AdaptedWeight):
+class WrappedLinear(AdaptedWeight):
     """A frozen linear layer and what trains beside it. With its initial values it must give the base's own bits."""
 
     base: FrozenLinear
@@ -102,7 +107,11 @@ class AdaptedLinear(AdaptedWeight):
         """y_BO in the dtype of `x_BI`; cast trained tensors to that dtype, so that gradients arrive in their own."""
 
 
-class AdaptedExperts(AdaptedWeight):
+class AdaptedLinear(FoldedWeight, WrappedLinear):
+    """A frozen linear layer whose weight takes up what trains beside it: what most methods are made of."""
+
+
+class AdaptedExperts(FoldedWeight):
     """A frozen stack of experts and what trains beside each; `experts[e]` is how the model reads one."""
 
     base: FrozenExperts
@@ -160,7 +169,7 @@ class WeightAdapter(Adapter):
         self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     @abstractmethod
-    def wrap(self, base: FrozenLinear, projection: Projection) -> AdaptedLinear:
+    def wrap(self, base: FrozenLinear, projection: Projection) -> WrappedLinear:
         """What stands in the model for one frozen linear layer."""
 
     def wrap_experts(self, base: FrozenExperts, projection: Projection) -> AdaptedExperts:
@@ -240,7 +249,13 @@ class WeightAdapter(Adapter):
 
     @torch.no_grad()
     def merged(self) -> Iterator[tuple[str, Tensor]]:
-        """Base names and merged weights in float32, decoded from what is stored, one at a time."""
+        """Base names and merged weights in float32, decoded from what is stored, one at a time.
+
+        Raises:
+            ConfigError: where the method does not merge.
+        """
+        if not self.mergeable:
+            raise ConfigError(f"adapter={self.config.name} does not merge: {self.obstacle}")
         for projection in self.projections:
             for leaf, tensor in self.adapted[projection.name].merged():
                 if projection.kind == "experts":
