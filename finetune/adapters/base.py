@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -103,8 +103,33 @@ class Adapter(ABC):
         """Within it the model computes exactly what the base computes."""
 
     @abstractmethod
-    def detached(self) -> AbstractContextManager[None]:
-        """Within it the model *is* the base: its modules, parameter names and state dict, as before attaching."""
+    def mount(self) -> None:
+        """Put what trains into the model, where `unmount` had taken it out."""
+
+    @abstractmethod
+    def unmount(self) -> None:
+        """Take what trains out of the model, which then *is* the base: modules, parameter names and state dict."""
+
+    @contextmanager
+    def detached(self) -> Iterator[None]:
+        """Within it the adapter is unmounted."""
+        self.unmount()
+        try:
+            yield
+        finally:
+            self.mount()
+
+    @property
+    def virtual_tokens(self) -> int:
+        """How many positions of the model's context it takes up before the first token of every row."""
+        return 0
+
+    def training_obstacle(self, *, gradient_checkpointing: bool, packing: bool) -> str:
+        """Why the method cannot train this model in such a way, naming the setting; empty where it can.
+
+        docs/methods.md lists every pair that is refused, with the reason.
+        """
+        return ""
 
     @property
     @abstractmethod

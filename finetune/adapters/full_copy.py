@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from finetune.adapters.mounting import Mounted
 from finetune.adapters.targets import matches
 from finetune.errors import ConfigError, nearest
 from finetune.quant.base import FrozenExperts, FrozenLinear, FrozenWeight
 from finetune.structure import Structure
 
 
-class FullCopy(nn.Module):
+class FullCopy(Mounted):
     """Stands for a module, computing with a trained copy of its weights.
 
     What the module offers besides (`weight`, `in_features`, `padding_idx`, ...) is read through; parameters come
@@ -87,6 +88,16 @@ def dense_copy(base: nn.Module) -> nn.Module:
             dense.bias = nn.Parameter(base.bias.detach().float().clone())
         return dense
     return copy.deepcopy(base)
+
+
+def trained_whole(model: nn.Module, structure: Structure, names: Sequence[str]) -> list[str]:
+    """Dotted names of the modules that train whole: those of `adapter.train_also`, and a head made for the task.
+
+    Raises:
+        ConfigError: as `resolve_modules`.
+    """
+    named = resolve_modules(model, structure, names)
+    return named + [name for name in structure.task_head if name not in named]
 
 
 def resolve_modules(model: nn.Module, structure: Structure, names: Sequence[str]) -> list[str]:

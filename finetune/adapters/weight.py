@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from finetune.adapters import peft_format
 from finetune.adapters.base import DTYPES, Adapter, AdapterConfig
-from finetune.adapters.full_copy import FullCopy, build_copies, resolve_modules
+from finetune.adapters.full_copy import FullCopy, build_copies, trained_whole
+from finetune.adapters.mounting import Mounted, check_bare, place
 from finetune.adapters.targets import ALL_LINEAR, check_targets, select
 from finetune.errors import ConfigError, ModelError
 from finetune.quant.base import FrozenExperts, FrozenLinear, FrozenWeight
@@ -50,7 +51,7 @@ class WeightConfig(AdapterConfig):
         check_targets(self.targets, self.target_words)
 
 
-class AdaptedWeight(nn.Module, ABC):
+class AdaptedWeight(Mounted, ABC):
     """A frozen weight and what trains beside it. Everything but `base` is trainable.
 
     Args:
@@ -144,11 +145,10 @@ class WeightAdapter(Adapter):
 
     def __init__(self, config: WeightConfig, model: nn.Module, plan: list[Projection] | None = None) -> None:
         self.config, self.model = config, model
-        if any(isinstance(module, AdaptedWeight | FullCopy) for module in model.modules()):
-            raise ConfigError("the model has an adapter attached already: load the base anew, or keep that one")
+        check_bare(model)
         self.structure = inspect(model)
         self.projections = plan if plan is not None else choose(model, self.structure, config)
-        whole = resolve_modules(model, self.structure, config.train_also)
+        whole = trained_whole(model, self.structure, config.train_also)
         both = sorted({p.name for p in self.projections} & set(whole))
         if both:
             raise ConfigError(
@@ -165,7 +165,7 @@ class WeightAdapter(Adapter):
         self.adapted = {p.name: self._wrapped(p, dtype) for p in self.projections}
         self.adapted |= {name: self._trained(module, dtype) for name, module in self.further().items()}
         self._bases = {name: model.get_submodule(name) for name in (*self.adapted, *self.copies)}
-        _place(model, {**self.adapted, **self.copies})
+        self.mount()
         self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     @abstractmethod
@@ -228,14 +228,13 @@ class WeightAdapter(Adapter):
             for module, enabled in zip(modules, before, strict=True):
                 module.enabled = enabled
 
-    @contextmanager
-    def detached(self) -> Iterator[None]:
-        """Within it the model is the base: its modules, parameter names and state dict."""
-        _place(self.model, self._bases)
-        try:
-            yield
-        finally:
-            _place(self.model, {**self.adapted, **self.copies})
+    def mount(self) -> None:
+        """Put the adapted modules in the place of those they stand for."""
+        place(self.model, {**self.adapted, **self.copies})
+
+    def unmount(self) -> None:
+        """Put the base's modules back."""
+        place(self.model, self._bases)
 
     @property
     def mergeable(self) -> bool:
@@ -374,9 +373,3 @@ def freeze_dense(model: nn.Module, structure: Structure, projections: list[Proje
 def _at(model: nn.Module, name: str) -> object:
     parent, _, leaf = name.rpartition(".")
     return getattr(model.get_submodule(parent), leaf)
-
-
-def _place(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-    """Put modules in the place of those that have their names: the one place where an adapter operates on a model."""
-    for name, module in modules.items():
-        model.set_submodule(name, module)

@@ -1,6 +1,6 @@
 """What a transformers model is made of, found by type and shape."""
 
-from finetune.structure.base import Projection, Structure
+from finetune.structure.base import Projection, Stack, Structure
 from finetune.structure.inspect import inspect
 
-__all__ = ["Projection", "Structure", "inspect"]
+__all__ = ["Projection", "Stack", "Structure", "inspect"]

@@ -34,15 +34,37 @@ class Projection:
 
 
 @dataclass(frozen=True)
+class Stack:
+    """Blocks behind one another and the module that feeds them: a decoder, an encoder, or one half of a pair of both.
+
+    Attributes:
+        name: dotted path of the module that takes `input_ids` or `inputs_embeds` with an `attention_mask` and gives the
+            last hidden states; empty where that is the model itself.
+        blocks: dotted names of its blocks, in order.
+        causal: whether a position sees only itself and what precedes it.
+        reads: whether it also attends over the output of the stack before it.
+    """
+
+    name: str
+    blocks: tuple[str, ...]
+    causal: bool
+    reads: bool = False
+
+
+@dataclass(frozen=True)
 class Structure:
     """What `inspect(model)` found.
 
     Attributes:
-        blocks: dotted names of the repeated transformer blocks, in order.
+        blocks: dotted names of the repeated transformer blocks, in order, those of an encoder before those of its
+            decoder.
         projections: every projection inside the blocks, in module order; the head and the embeddings are not in it.
         head: dotted name of the output head, None where the model has none.
         embeddings: dotted name of the input token embedding.
         tied: True where the head shares its weight with the embeddings.
+        stacks: one for most models; an encoder and a decoder where the model has both.
+        task_head: dotted names of the modules behind the last stack of a model that gives no tokens (a classifier):
+            made new for the task, they train beside every adapter.
     """
 
     blocks: tuple[str, ...]
@@ -50,3 +72,5 @@ class Structure:
     head: str | None
     embeddings: str | None
     tied: bool
+    stacks: tuple[Stack, ...] = ()
+    task_head: tuple[str, ...] = ()

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from finetune.structure.base import Projection, Structure
+from finetune.structure.stacks import block_owners, find_stacks, task_head
 
 
 def inspect(model: nn.Module) -> Structure:
@@ -22,11 +23,13 @@ def inspect(model: nn.Module) -> Structure:
     gates of mixtures of experts are no projections: they are tiny, and an error in them sends a token elsewhere.
 
     Args:
-        model: a causal language model of transformers, dense or with frozen modules in place of its projections.
+        model: of transformers (decoder, encoder or both), dense or with frozen modules in place of its projections.
     """
     head, embeddings = _accessor(model, "get_output_embeddings"), _accessor(model, "get_input_embeddings")
     names = {id(module): name for name, module in model.named_modules()}
-    blocks = _blocks(model)
+    lists = [_blocks(model.get_submodule(owner), owner) for owner in block_owners(model)]
+    blocks = [block for group in lists for block in group]
+    stacks = find_stacks(model, lists)
     projections: list[Projection] = []
     for index, block in enumerate(blocks):
         module = model.get_submodule(block)
@@ -38,6 +41,8 @@ def inspect(model: nn.Module) -> Structure:
         head=names.get(id(head)),
         embeddings=names.get(id(embeddings)),
         tied=_tied(model, head, embeddings),
+        stacks=stacks,
+        task_head=task_head(model, stacks, names.get(id(head))),
     )
 
 
@@ -103,12 +108,12 @@ def _projections(module: nn.Module, prefix: str) -> Iterator[Projection]:
             yield from _projections(child, f"{prefix}.{name}" if prefix else name)
 
 
-def _blocks(model: nn.Module) -> list[str]:
-    """Names of the entries of the outermost ModuleList with most projection weights."""
+def _blocks(owner: nn.Module, prefix: str) -> list[str]:
+    """Names of the entries of the outermost ModuleList with most projection weights below a module of that name."""
     best: list[str] = []
     best_weights = 0
     inside: tuple[str, ...] = ()
-    for name, module in model.named_modules():
+    for name, module in owner.named_modules(prefix=prefix):
         if not isinstance(module, nn.ModuleList) or name.startswith(inside):
             continue
         inside += (f"{name}.",)

@@ -1,0 +1,251 @@
+"""Adapters that stand before the text: what the model reads, or remembers, ahead of the first token of every row.
+
+A method of this kind is one file: a config, what trains (`make_encoder`), and the hooks by which the model meets it
+(`hooks`). Freezing, `train_also`, mounting, disabling, saving and loading are the same for all of them and live here.
+
+What trains is mounted as the model's child `prompt_encoder`, so that it follows the model's mode and its tensors have
+names of their own. It may compute what the model meets from something larger (a reparametrisation); what is saved is
+what came out of it, so a saved adapter that is started from trains that directly.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from finetune.adapters import peft_format
+from finetune.adapters.base import DTYPES, Adapter, AdapterConfig
+from finetune.adapters.full_copy import build_copies, trained_whole
+from finetune.adapters.mounting import Mounted, check_bare, place
+from finetune.errors import ConfigError
+from finetune.structure import inspect
+
+PROMPT = "prompt_encoder"
+"""Name of the model's child that trains; PEFT calls it so as well."""
+EMBEDDINGS = "prompt_embeddings"
+"""The one key of PEFT's files for methods of this kind, besides modules trained whole."""
+
+
+class Removable(Protocol):
+    """A handle on a hook."""
+
+    def remove(self) -> None:
+        """Take the hook away."""
+
+
+@dataclass
+class InputConfig(AdapterConfig):
+    """An adapter that stands before the text.
+
+    Attributes:
+        prefix_length: virtual tokens before every row; they count against the model's context.
+    """
+
+    prefix_length: int = 20
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.prefix_length < 1:
+            raise ConfigError(f"adapter.prefix_length is {self.prefix_length}: expected at least 1 virtual token")
+
+
+class PromptEncoder(Mounted):
+    """What trains, and how it gives what the model meets."""
+
+    @abstractmethod
+    def forward(self) -> Tensor:
+        """What the model meets, in the dtype of the trained tensors; the shape is the method's."""
+
+
+class Materialised(PromptEncoder):
+    """What the model meets, trained as it is."""
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        self.values = nn.Parameter(values)
+
+    def forward(self) -> Tensor:
+        """The trained tensor."""
+        return self.values
+
+
+class InputAdapter(Adapter):
+    """Hooks something trained before the text.
+
+    Args:
+        config: of the method; where `path` is set its tensors are loaded later, into a `Materialised` of their shape.
+        model: of transformers, frozen or dense; it is frozen whatever it was.
+
+    Raises:
+        ConfigError: for modules that match nothing, a model that is adapted already or cannot carry the method.
+    """
+
+    config: InputConfig
+
+    def __init__(self, config: InputConfig, model: nn.Module) -> None:
+        self.config, self.model = config, model
+        check_bare(model)
+        self.structure = inspect(model)
+        whole = trained_whole(model, self.structure, config.train_also)
+        self.check()
+        model.requires_grad_(False)
+        dtype = DTYPES[config.dtype]
+        self.copies = build_copies(model, self.structure, whole, dtype)
+        self._bases = {name: model.get_submodule(name) for name in whole}
+        encoder = self.make_encoder() if config.path is None else Materialised(torch.zeros(self.saved_shape()))
+        # Drawn on the CPU in float32, so that a seed gives the same start on every device.
+        device = next(p for p in model.parameters() if p.device.type != "meta").device if _placed(model) else "meta"
+        self.encoder = encoder.to(device=device, dtype=dtype).requires_grad_(True).train(model.training)
+        self.enabled = True
+        self._handles: list[Removable] = []
+        self.mount()
+        self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def check(self) -> None:
+        """Refuse a model that cannot carry the method, before it is touched.
+
+        Raises:
+            ConfigError: saying what it lacks.
+        """
+
+    @abstractmethod
+    def make_encoder(self) -> PromptEncoder:
+        """What trains, freshly initialised, float32 on the CPU, drawn from torch's global generator."""
+
+    @abstractmethod
+    def saved_shape(self) -> tuple[int, ...]:
+        """Shape of `prompt_embeddings` as it is saved (PEFT's, where it has the method)."""
+
+    @abstractmethod
+    def hooks(self) -> Iterator[Removable]:
+        """Register the hooks by which the model meets `self.encoder()`; silent while `self.enabled` is False."""
+
+    @abstractmethod
+    def file_config(self) -> dict[str, Any]:
+        """adapter_config.json: PEFT's where it has the method, else `finetune_method` and the settings."""
+
+    @property
+    def virtual_tokens(self) -> int:
+        """The configured length."""
+        return self.config.prefix_length
+
+    @property
+    def in_peft(self) -> bool:
+        """Where adapter_config.json names one of PEFT's methods."""
+        return "peft_type" in self.file_config()
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Every tensor that trains, by its full name in the model; a tied one once."""
+        return dict(self._trainable)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within it nothing stands before the text, and whole modules compute with their stored weights."""
+        before = self.enabled, [copy.enabled for copy in self.copies.values()]
+        try:
+            self.enabled = False
+            for copy in self.copies.values():
+                copy.enabled = False
+            yield
+        finally:
+            self.enabled = before[0]
+            for copy, enabled in zip(self.copies.values(), before[1], strict=True):
+                copy.enabled = enabled
+
+    def mount(self) -> None:
+        """Add what trains to the model and hook it in."""
+        self.model.add_module(PROMPT, self.encoder)
+        place(self.model, self.copies)
+        self._handles = list(self.hooks())
+
+    def unmount(self) -> None:
+        """Take hooks and modules out."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        place(self.model, self._bases)
+        delattr(self.model, PROMPT)
+
+    @property
+    def mergeable(self) -> bool:
+        """What stands before the text is no weight of the base."""
+        return False
+
+    @property
+    def obstacle(self) -> str:
+        """Why."""
+        return "what stands before the text is no weight of the base"
+
+    def merged(self) -> Iterator[tuple[str, Tensor]]:
+        """Refused.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(f"adapter={self.config.name} does not merge: {self.obstacle}")
+
+    def file_keys(self) -> dict[str, nn.Parameter]:
+        """Keys of whole modules in adapter_model.safetensors and the parameters they fill."""
+        return {
+            f"{peft_format.PREFIX}{name}.{leaf}": parameter
+            for name, module in self.copies.items()
+            for leaf, parameter in module.trains()
+        }
+
+    @torch.no_grad()
+    def save(self, directory: Path) -> None:
+        """Write adapter_config.json and adapter_model.safetensors, with what the model meets under one key."""
+        training = self.encoder.training
+        values = nn.Parameter(self.encoder.eval()().reshape(self.saved_shape()), requires_grad=False)
+        self.encoder.train(training)
+        peft_format.write(Path(directory), {EMBEDDINGS: values, **self.file_keys()}, self.file_config())
+
+    @torch.no_grad()
+    def load(self, directory: Path) -> None:
+        """Fill the tensors of an adapter that was attached with `path`.
+
+        Raises:
+            ModelError: for another method or other settings, or missing, unexpected or mis-shaped tensors.
+            ConfigError: where it was attached fresh, with an encoder that the file does not hold.
+        """
+        directory = Path(directory)
+        saved = peft_format.read_config(directory)
+        peft_format.check_method(directory, saved, self.file_config())
+        self.check_settings(directory, saved)
+        keys = self.file_keys()
+        found = peft_format.read_tensors(directory)
+        shapes = {EMBEDDINGS: self.saved_shape()} | {key: tuple(p.shape) for key, p in keys.items()}
+        peft_format.check_tensors(directory, shapes, found)
+        if not isinstance(self.encoder, Materialised):
+            raise ConfigError(
+                f"a fresh adapter={self.config.name} has an encoder that {directory} does not hold: set adapter.path"
+            )
+        self.encoder.values.copy_(found[EMBEDDINGS].reshape(self.encoder.values.shape))
+        for key, parameter in keys.items():
+            parameter.copy_(found[key])
+
+    def check_settings(self, directory: Path, saved: Mapping[str, Any]) -> None:
+        """Refuse a file whose settings would make its tensors mean something else here.
+
+        Raises:
+            ModelError: naming the setting and both values.
+        """
+
+    def own_config(self) -> dict[str, Any]:
+        """adapter_config.json of a method that PEFT does not have: the settings themselves."""
+        left_out = ("name", "path", "allow_other_quant")
+        own = {key: value for key, value in asdict(self.config).items() if key not in left_out}
+        return {"finetune_method": self.config.name, **json.loads(json.dumps(own))}
+
+
+def _placed(model: nn.Module) -> bool:
+    """Whether the model has weights at all."""
+    return any(parameter.device.type != "meta" for parameter in model.parameters())
