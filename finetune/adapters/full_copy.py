@@ -138,13 +138,13 @@ def resolve_modules(model: nn.Module, structure: Structure, names: Sequence[str]
 
 
 def _check_tied(structure: Structure, chosen: Sequence[str]) -> None:
-    """Training one of two tied modules would tear them apart without a word."""
-    head, embeddings = structure.head, structure.embeddings
-    if structure.tied and head and embeddings and (head in chosen) != (embeddings in chosen):
-        given, other = (head, embeddings) if head in chosen else (embeddings, head)
-        both = ", ".join(name.rpartition(".")[2] for name in (head, embeddings))
+    """Training some of several tied modules would tear them apart without a word."""
+    given = [name for name in structure.ties if name in chosen]
+    others = [name for name in structure.ties if name not in chosen]
+    if given and others:
+        every = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in reversed(structure.ties)))
         raise ConfigError(
-            f"adapter.train_also names {given}, whose weight is tied to {other}: name both, [{both}],"
+            f"adapter.train_also names {given[0]}, whose weight is tied to {', '.join(others)}: name all, [{every}],"
             f" and they train as one tensor"
         )
 
@@ -154,6 +154,7 @@ def build_copies(
 ) -> dict[str, FullCopy]:
     """A `FullCopy` for each module, tied ones sharing their trained weight. The model itself is left as it is."""
     copies = {name: FullCopy(model.get_submodule(name), dtype).train(model.training) for name in names}
-    if structure.tied and structure.head in copies and structure.embeddings in copies:
-        copies[structure.head].trained.weight = copies[structure.embeddings].trained.weight
+    tied = [copies[name].trained for name in structure.ties if name in copies]
+    for other in tied[1:]:
+        other.weight = tied[0].weight
     return copies

@@ -93,7 +93,11 @@ def _frozen_row(name: str, module: FrozenWeight, structure: Structure) -> Stored
     parameters = dict(module.named_parameters(recurse=False))
     dense = parameters["weight"].numel() == weights and parameters["weight"].is_floating_point()
     storage = _dtype(parameters["weight"]) if dense else str(getattr(module, "storage", type(module).__name__))
-    reason = f"quant={DenseConfig().name}, or as the checkpoint stores it" if dense else ""
+    reason = ""
+    if any(p.name == name and p.dense for p in structure.projections):
+        reason = "the model's code wants it in floating point"
+    elif dense:
+        reason = f"quant={DenseConfig().name}, or as the checkpoint stores it"
     return StoredWeight(name, storage, weights, size, reason, _in_block(name, structure))
 
 

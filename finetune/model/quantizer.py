@@ -155,7 +155,9 @@ class FrozenBaseQuantizer(HfQuantizer):
             raise ModelError(
                 f"{name} has shape {list(weight.shape)} in the checkpoint, config.json leads to {list(expected)}"
             )
-        frozen = self._empty(model, projection, self.loading.quant, weight.device)
+        # transformers widens some weights that must stay in floating point; those keep the dtype they come in.
+        dtype = weight.dtype if projection.dense else self.loading.dtype
+        frozen = self._empty(model, projection, self.loading.quant, weight.device, dtype)
         try:
             # A Conv1D becomes an ordinary [O, I] matrix, as in bitsandbytes; experts keep the layout of their loop.
             frozen.store(weight.T if projection.kind == "conv1d" else weight)
@@ -176,17 +178,25 @@ class FrozenBaseQuantizer(HfQuantizer):
         if projection is None:
             raise ModelError(f"{name} is packed in the checkpoint, but the model has no linear layer there")
         quant = self.loading.stored.format.settings_of(stored, name, self.loading.quant)
+        if projection.dense:
+            raise ModelError(f"{name} is packed in the checkpoint, but the model's own code wants it in floating point")
         frozen = self._empty(model, projection, quant, stored["weight"].device)
         assert isinstance(frozen, PackedWeight)
         frozen.take_state(stored, f"{path}.")
         _place(model, projection, frozen)
 
     def _empty(
-        self, model: nn.Module, projection: Projection, quant: QuantConfig, device: torch.device
+        self,
+        model: nn.Module,
+        projection: Projection,
+        quant: QuantConfig,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
     ) -> FrozenWeight:
         """The empty frozen module of a projection that is dense so far."""
         parent, leaf = _owner(model, projection.name)
-        return empty_frozen(quant, projection, getattr(parent, leaf), dtype=self.loading.dtype, device=device)
+        dtype = dtype or self.loading.dtype
+        return empty_frozen(quant, projection, getattr(parent, leaf), dtype=dtype, device=device)
 
 
 class Freeze(ConversionOps):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from finetune.errors import ConfigError
 from finetune.quant.base import QUANTIZERS, FrozenExperts, FrozenLinear, FrozenWeight, QuantConfig
+from finetune.quant.dense import DenseConfig
 from finetune.structure.base import Projection, Structure
 
 
@@ -62,9 +63,13 @@ def empty_frozen(
 ) -> FrozenLinear | FrozenExperts:
     """The empty frozen module that can stand for a dense projection; it takes over the projection's bias.
 
+    A projection that the model wants in floating point gets a dense one, whatever `config` says.
+
     Args:
         dense: the module ("linear", "conv1d") or the 3-D parameter ("experts").
     """
+    if projection.dense:
+        config = DenseConfig()
     sizes = (projection.out_features, projection.in_features)
     common = {"dtype": dtype, "device": device, "transposed": projection.transposed}
     if projection.kind == "experts":

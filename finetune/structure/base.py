@@ -11,21 +11,24 @@ class Projection:
     """One weight that multiplies hidden states.
 
     Attributes:
-        name: dotted path of the module ("linear", "conv1d") or of the 3-D parameter ("experts").
+        name: dotted path of the module ("linear", "conv1d", "embedding") or of the 3-D parameter ("experts").
         kind: how the model holds it.
         in_features, out_features: of the map x -> y, whatever the layout in memory.
         experts: how many matrices are stacked; 1 for a plain one.
-        transposed: True where memory holds [.., I, O] instead of [.., O, I] (Conv1D, some experts).
-        block: index of the block it lives in; None outside the blocks (the head).
+        transposed: True where memory holds [.., I, O] instead of [.., O, I] (Conv1D, some experts, the embedding).
+        block: index of the block it lives in; None outside the blocks (the head, the embedding).
+        dense: True where the model wants this weight in floating point whatever the storage format: its own code looks
+            at the weight's dtype (feed-forward outputs of T5), so codes in its place would be misread.
     """
 
     name: str
-    kind: Literal["linear", "conv1d", "experts"]
+    kind: Literal["linear", "conv1d", "experts", "embedding"]
     in_features: int
     out_features: int
     experts: int = 1
     transposed: bool = False
     block: int | None = None
+    dense: bool = False
 
     @property
     def leaf(self) -> str:
@@ -43,12 +46,14 @@ class Stack:
         blocks: dotted names of its blocks, in order.
         causal: whether a position sees only itself and what precedes it.
         reads: whether it also attends over the output of the stack before it.
+        embeddings: dotted name of the module by which it turns tokens into hidden states; None where that is unknown.
     """
 
     name: str
     blocks: tuple[str, ...]
     causal: bool
     reads: bool = False
+    embeddings: str | None = None
 
 
 @dataclass(frozen=True)
@@ -60,8 +65,10 @@ class Structure:
             decoder.
         projections: every projection inside the blocks, in module order; the head and the embeddings are not in it.
         head: dotted name of the output head, None where the model has none.
-        embeddings: dotted name of the input token embedding.
+        embeddings: dotted name of the input token embedding, that of the encoder where there are two stacks.
         tied: True where the head shares its weight with the embeddings.
+        ties: dotted names of all modules that share the weight of the embeddings, these included, in module order; none
+            where they share it with nobody. More than a pair where stacks have an embedding each (T5, BART).
         stacks: one for most models; an encoder and a decoder where the model has both.
         task_head: dotted names of the modules behind the last stack of a model that gives no tokens (a classifier):
             made new for the task, they train beside every adapter.
@@ -72,5 +79,6 @@ class Structure:
     head: str | None
     embeddings: str | None
     tied: bool
+    ties: tuple[str, ...] = ()
     stacks: tuple[Stack, ...] = ()
     task_head: tuple[str, ...] = ()

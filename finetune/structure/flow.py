@@ -38,6 +38,7 @@ PRODUCTS: dict[Callable[..., Any], tuple[tuple[int, str], ...]] = {
     Tensor.bmm: ((1, "mat2"),),
     torch.baddbmm: ((2, "batch2"),),
     Tensor.baddbmm: ((2, "batch2"),),
+    torch.einsum: ((2, "operands"),),
     F.scaled_dot_product_attention: ((1, "key"), (2, "value")),
 }
 """Products of two activations, with the place and name of the arguments that are multiplied from the right."""
@@ -159,8 +160,8 @@ def _marks(twin: nn.Module, structure: Structure) -> Iterator[_Marks]:
         if p.kind != "experts":
             module = twin.get_submodule(p.name)
             handles += [module.register_forward_pre_hook(before(p.name)), module.register_forward_hook(after(p.name))]
-    if structure.embeddings is not None:
-        handles.append(twin.get_submodule(structure.embeddings).register_forward_hook(after(STREAM)))
+    for name in {stack.embeddings for stack in structure.stacks} | {structure.embeddings} - {None}:
+        handles.append(twin.get_submodule(name).register_forward_hook(after(STREAM)))
     try:
         yield marks
     finally:
@@ -173,7 +174,8 @@ def _run(twin: nn.Module, structure: Structure, mask: tuple[int, ...] | None = N
     try:
         with _marks(twin, structure) as marks, marks, torch.device("meta"):
             ids = torch.zeros(1, TOKENS, dtype=torch.long)
-            twin(input_ids=ids, attention_mask=None if mask is None else torch.zeros(mask), use_cache=False)
+            tokens = {"input_ids": ids} | ({"decoder_input_ids": ids} if len(structure.stacks) > 1 else {})
+            twin(**tokens, attention_mask=None if mask is None else torch.zeros(mask), use_cache=False)
     except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError):
         # Whatever a model does that this experiment does not foresee, it is not understood.
         return None

@@ -6,7 +6,7 @@ I in features, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,6 +14,7 @@ from torch import nn
 
 from finetune.structure.base import Projection, Structure
 from finetune.structure.stacks import block_owners, find_stacks, task_head
+from finetune.structure.ties import accessor, tied_modules
 
 
 def inspect(model: nn.Module) -> Structure:
@@ -25,24 +26,23 @@ def inspect(model: nn.Module) -> Structure:
     Args:
         model: of transformers (decoder, encoder or both), dense or with frozen modules in place of its projections.
     """
-    head, embeddings = _accessor(model, "get_output_embeddings"), _accessor(model, "get_input_embeddings")
     names = {id(module): name for name, module in model.named_modules()}
+    head = names.get(id(accessor(model, "get_output_embeddings")))
     lists = [_blocks(model.get_submodule(owner), owner) for owner in block_owners(model)]
     blocks = [block for group in lists for block in group]
     stacks = find_stacks(model, lists)
-    projections: list[Projection] = []
-    for index, block in enumerate(blocks):
-        module = model.get_submodule(block)
-        routers = _routers(module, block)
-        projections += [replace(p, block=index) for p in _projections(module, block) if p.name not in routers]
+    embeddings = next((stack.embeddings for stack in stacks if stack.embeddings is not None), None)
+    embeddings = embeddings or names.get(id(accessor(model, "get_input_embeddings")))
+    ties = tied_modules(model, embeddings, head)
     return Structure(
         blocks=tuple(blocks),
-        projections=tuple(projections),
-        head=names.get(id(head)),
-        embeddings=names.get(id(embeddings)),
-        tied=_tied(model, head, embeddings),
+        projections=tuple(_block_projections(model, blocks)),
+        head=head,
+        embeddings=embeddings,
+        tied=head in ties,
+        ties=ties,
         stacks=stacks,
-        task_head=task_head(model, stacks, names.get(id(head))),
+        task_head=task_head(model, stacks, head),
     )
 
 
@@ -64,6 +64,23 @@ def projection_of(module: nn.Module, name: str) -> Projection | None:
     if isinstance(weight, torch.Tensor) and weight.dim() == 2 and getattr(module, "nf", None) == weight.shape[1]:
         return Projection(name, "conv1d", weight.shape[0], weight.shape[1], transposed=True)
     return None
+
+
+def routers(model: nn.Module, block: str) -> tuple[str, ...]:
+    """Names of the projections of a block that only choose or weigh experts, in module order."""
+    return tuple(sorted(_routers(model.get_submodule(block), block)))
+
+
+def _block_projections(model: nn.Module, blocks: Sequence[str]) -> Iterator[Projection]:
+    """The projections of all blocks, each with the number of its block."""
+    wanted_dense = {*(getattr(model, "_keep_in_fp32_modules", None) or ())}
+    wanted_dense |= {*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())}
+    for index, block in enumerate(blocks):
+        module = model.get_submodule(block)
+        left = _routers(module, block)
+        for p in _projections(module, block):
+            if p.name not in left:
+                yield replace(p, block=index, dense=not wanted_dense.isdisjoint(p.name.split(".")))
 
 
 def speaks_experts_interface(module: nn.Module) -> bool:
@@ -150,26 +167,3 @@ def _routers(block: nn.Module, prefix: str) -> set[str]:
             if len(branch) == 1 and branch[0].out_features in widths | {1}:
                 routers.add(branch[0].name)
     return routers
-
-
-def _accessor(model: nn.Module, method: str) -> nn.Module | None:
-    """What one of transformers' accessors returns; None where the model has no such thing."""
-    try:
-        return getattr(model, method)()
-    except (AttributeError, NotImplementedError):
-        return None
-
-
-def _tied(model: nn.Module, head: nn.Module | None, embeddings: nn.Module | None) -> bool:
-    """Whether head and embeddings are one tensor; where both are on meta, not joined yet, the config says so."""
-    if head is None or embeddings is None:
-        return False
-    mine, theirs = getattr(head, "weight", None), getattr(embeddings, "weight", None)
-    if mine is None or theirs is None:
-        return False
-    if mine is theirs:
-        return True
-    if not (mine.is_meta and theirs.is_meta):
-        return False
-    config = getattr(model, "config", None)
-    return bool(getattr(config, "tie_word_embeddings", False))

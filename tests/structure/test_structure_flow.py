@@ -52,6 +52,43 @@ def test_finds_attention_and_feedforward(family: str) -> None:
         assert all(name.endswith(tuple(f".{leaf}" for leaf in leaves.split())) for name in found), found
 
 
+PAIR = WIDE | {"d_model": 64, "decoder_start_token_id": 0}
+T5 = PAIR | {"d_kv": 16, "d_ff": 96, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4}
+BART = PAIR | {f"{half}_{key}": value for half in ("encoder", "decoder")
+               for key, value in {"layers": 2, "attention_heads": 4, "ffn_dim": 96}.items()}  # fmt: skip
+OTHERS = {
+    "Bert": (SMALL, "SequenceClassification", ("self.key self.value", "attention.output.dense", "output.dense")),
+    "Roberta": (SMALL, "MaskedLM", ("self.key self.value", "attention.output.dense", "output.dense")),
+    "DistilBert": (WIDE | {"dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 96}, "SequenceClassification",
+                   ("k_lin v_lin", "out_lin", "lin2")),
+    "DebertaV2": (SMALL, "SequenceClassification",
+                  ("key_proj value_proj", "attention.output.dense", "output.dense")),
+    "T5": (T5, "Seq2SeqLM", ("k v", "o", "wo")),
+    "MT5": (T5 | {"feed_forward_proj": "gated-gelu"}, "Seq2SeqLM", ("k v", "o", "wo")),
+    "LongT5": (T5, "Seq2SeqLM", ("k v", "o", "wo")),
+    "Bart": (BART, "Seq2SeqLM", ("k_proj v_proj", "out_proj", "fc2")),
+    "Pegasus": (BART, "Seq2SeqLM", ("k_proj v_proj", "out_proj", "fc2")),
+    "Llama": (GROUPED, "SequenceClassification", SEPARATE),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_encoders_and_pairs(family: str) -> None:
+    """A decoder that reads has two attentions and one feed-forward a block."""
+    settings, task, expected = OTHERS[family]
+    config = getattr(transformers, f"{family}Config")(**settings)
+    with torch.device("meta"):
+        model = getattr(transformers, f"AutoModelFor{task}").from_config(config)
+    flow = trace(model)
+    assert flow is not None
+    attentions, feedforwards = (6, 4) if task == "Seq2SeqLM" else (2, 2)
+    found = (flow.key_value, flow.attention_output, flow.feedforward_output)
+    for names, leaves, count in zip(found, expected, (attentions, attentions, feedforwards), strict=True):
+        assert len(names) == count * len(leaves.split()), names
+        assert all(name.endswith(tuple(f".{leaf}" for leaf in leaves.split())) for name in names), names
+    assert not {name for name in flow.feedforward_output if "ttention" in name}
+
+
 def test_latent_attention_and_mixed_blocks() -> None:
     settings = {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
                 "qk_nope_head_dim": 8, "v_head_dim": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
