@@ -160,7 +160,7 @@ def _marks(twin: nn.Module, structure: Structure) -> Iterator[_Marks]:
         if p.kind != "experts":
             module = twin.get_submodule(p.name)
             handles += [module.register_forward_pre_hook(before(p.name)), module.register_forward_hook(after(p.name))]
-    for name in {stack.embeddings for stack in structure.stacks} | {structure.embeddings} - {None}:
+    for name in {name for name in (structure.embeddings, *(s.embeddings for s in structure.stacks)) if name}:
         handles.append(twin.get_submodule(name).register_forward_hook(after(STREAM)))
     try:
         yield marks

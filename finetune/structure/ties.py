@@ -1,4 +1,4 @@
-"""Which modules share the weight of the token embeddings: the head, and the other stack's embeddings where there are two."""
+"""Which modules share the weight of the token embeddings: the head, and the embeddings of a second stack."""
 
 from __future__ import annotations
 
