@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,9 @@ SHORTEST = 1e-6
 
 @dataclass
 class DoRAConfig(LoRAConfig):
-    """LoRA's settings; stacked experts have no form here."""
+    """LoRA's settings; stacked experts and the token embedding have no form here."""
+
+    embeds: ClassVar[bool] = False
 
     name: str = "dora"
 
@@ -156,6 +158,10 @@ class DoRAAdapter(LoRAAdapter):
     def wrap_experts(self, base: FrozenExperts, projection: Projection) -> Any:
         """Experts are read as weights, one at a time, which has no place for a factor on their output."""
         return WeightAdapter.wrap_experts(self, base, projection)  # type: ignore[arg-type]
+
+    def wrap_embedding(self, base: nn.Embedding, projection: Projection) -> Any:
+        """Row norms of a table would be those of tokens."""
+        return WeightAdapter.wrap_embedding(self, base, projection)
 
     def file_keys(self) -> dict[str, nn.Parameter]:
         """LoRA's, and the magnitudes."""

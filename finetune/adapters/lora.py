@@ -12,15 +12,16 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from finetune.adapters import peft_format
 from finetune.adapters.base import ADAPTERS
 from finetune.adapters.full_copy import resolve_modules
+from finetune.adapters.lora_embedding import LoRAEmbedding, check_lookup
 from finetune.adapters.lora_layers import LoRAExperts, LoRALinear, transposed_factors
-from finetune.adapters.peft_lora import Saved, read_saved, resolve_saved
+from finetune.adapters.peft_lora import Saved, read_saved, resolve_saved, without_base
 from finetune.adapters.weight import WeightAdapter, WeightConfig, choose
 from finetune.errors import ConfigError, ModelError
 from finetune.quant.base import FrozenExperts, FrozenLinear
@@ -32,7 +33,7 @@ NUMBERED = re.compile(r"\.\d+\.")
 
 @dataclass
 class LoRAConfig(WeightConfig):
-    """LoRA on any linear layer or stack of experts.
+    """LoRA on any linear layer, stack of experts or token embedding.
 
     With `path`, the saved adapter decides rank, alpha, rslora, targets and train_also; a value set here that is neither
     the default nor the saved one is refused. (A value set to the default cannot be told from one left alone.)
@@ -44,6 +45,8 @@ class LoRAConfig(WeightConfig):
         dropout: share of the input of A that is zeroed while training.
         rslora: scale by alpha / sqrt(rank) instead of alpha / rank.
     """
+
+    embeds: ClassVar[bool] = True
 
     name: str = "lora"
     rank: int = 16
@@ -113,6 +116,7 @@ class LoRAAdapter(WeightAdapter):
     def __init__(self, config: LoRAConfig, model: nn.Module, sizes: Mapping[str, Size], plan: list[Projection]) -> None:
         self.sizes = sizes
         super().__init__(config, model, plan)
+        self.torn = [name for p in plan if p.kind == "embedding" for name in self.structure.ties if name != p.name]
 
     def check(self) -> None:
         """A rank above the width of a projection would spend parameters on nothing."""
@@ -123,6 +127,8 @@ class LoRAAdapter(WeightAdapter):
                     f"adapter.rank is {rank}, but {p.name} is {p.out_features} x {p.in_features}:"
                     f" expected at most {most}, or targets without it"
                 )
+            if p.kind == "embedding":
+                check_lookup(self.model.get_submodule(p.name), p.name)
 
     def wrap(self, base: FrozenLinear, projection: Projection) -> LoRALinear:
         """A low-rank product beside a linear layer."""
@@ -132,9 +138,24 @@ class LoRAAdapter(WeightAdapter):
         """A low-rank product beside each expert."""
         return LoRAExperts(base, transposed=projection.transposed, **self._sizes(projection))
 
+    def wrap_embedding(self, base: nn.Embedding, projection: Projection) -> LoRAEmbedding:
+        """A low-rank table beside the token embedding."""
+        return LoRAEmbedding(base, **self._sizes(projection))
+
     def _sizes(self, projection: Projection) -> dict[str, Any]:
         size = self.sizes[projection.name]
         return {"rank": size.rank, "scaling": size.scaling(self.config.rslora), "dropout": self.config.dropout}
+
+    @property
+    def mergeable(self) -> bool:
+        """Unless a saved adapter changes a token embedding that is tied here."""
+        return not self.torn
+
+    @property
+    def obstacle(self) -> str:
+        """Names both."""
+        tied = f"{self.structure.embeddings}, whose weight is tied to {', '.join(self.torn)}, cannot change on its own"
+        return tied if self.torn else ""
 
     def file_keys(self) -> dict[str, nn.Parameter]:
         """PEFT's names. Several parameters of one experts module nest there, the first of them innermost."""
@@ -145,6 +166,10 @@ class LoRAAdapter(WeightAdapter):
         keys = {}
         for p in self.projections:
             parent, module = p.name.rpartition(".")[0], self.adapted[p.name]
+            if isinstance(module, LoRAEmbedding):
+                keys[f"{peft_format.PREFIX}{p.name}.lora_embedding_A"] = module.lora_embedding_A
+                keys[f"{peft_format.PREFIX}{p.name}.lora_embedding_B"] = module.lora_embedding_B
+                continue
             if p.kind == "experts":
                 depth = len(siblings[parent]) - 1 - siblings[parent].index(p.name)
                 name = parent + ".base_layer" * depth
@@ -170,7 +195,9 @@ class LoRAAdapter(WeightAdapter):
                 )
 
     def from_file(self, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Turns the stacked experts of PEFT before 0.20 into their present layout; see `stacks_by_output`."""
+        """Leaves out PEFT's copies of the base, and turns the stacked experts of PEFT before 0.20 into their present
+        layout; see `stacks_by_output`."""
+        tensors = without_base(tensors, {name: module.base for name, module in self.adapted.items()})
         if not peft_format.stacks_by_output(config):
             return tensors
         names = {id(parameter): key for key, parameter in self.file_keys().items()}

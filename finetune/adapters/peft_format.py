@@ -157,8 +157,9 @@ def _shape(shape: Sequence[int]) -> str:
 
 
 def _rank_hint(key: str, seen: Sequence[int], expected: Sequence[int]) -> str:
-    """Name the rank where that is all that differs; it is the first axis of lora_A and the second of lora_B."""
-    for factor, axis in ((".lora_A.weight", 0), (".lora_B.weight", 1)):
+    """Name the rank where that is all that differs; it is the first axis of A and the second of B."""
+    factors = {".lora_A.weight": 0, ".lora_B.weight": 1, ".lora_embedding_A": 0, ".lora_embedding_B": 1}
+    for factor, axis in factors.items():
         if key.endswith(factor) and len(seen) == 2 and seen[1 - axis] == expected[1 - axis]:
             return f" (rank {seen[axis]} in the file, {expected[axis]} here)"
     return ""

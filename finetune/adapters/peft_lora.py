@@ -8,17 +8,18 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from finetune.adapters import peft_format
 from finetune.adapters.targets import ALL_LINEAR
 from finetune.errors import ModelError
-from finetune.structure import Projection, Structure
+from finetune.structure import Projection, Structure, embedding_projection
 
 UNDERSTOOD = frozenset({
     "peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "target_parameters", "modules_to_save",
@@ -192,8 +193,9 @@ def resolve_saved(
     """
     from finetune.adapters.weight import head_projection
 
-    head = head_projection(model, structure)
-    plan = [p for p in (*structure.projections, *([head] if head else [])) if _adapts(saved, p, head)]
+    outside = (embedding_projection(model, structure), head_projection(model, structure))
+    every = [p for p in (outside[0], *structure.projections, outside[1]) if p is not None]
+    plan = [p for p in every if _adapts(saved, p, outside)]
     if not plan and not saved.modules_to_save:
         names = list(saved.target_modules) if not isinstance(saved.target_modules, str) else [saved.target_modules]
         raise ModelError(
@@ -203,7 +205,32 @@ def resolve_saved(
     return plan, {p.name: saved.size_of(p.name) for p in plan}
 
 
-def _adapts(saved: Saved, projection: Projection, head: Projection | None) -> bool:
+def without_base(tensors: dict[str, Tensor], bases: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """The tensors of a file without the copies of the base that PEFT saves of an adapted embedding or head.
+
+    Args:
+        bases: the modules of the base that are adapted, by name.
+
+    Raises:
+        ModelError: where such a copy is of another base.
+    """
+    left = dict(tensors)
+    for name, base in bases.items():
+        key = f"{peft_format.PREFIX}{name}.base_layer.weight"
+        copied, stored = left.pop(key, None), getattr(base, "weight", None)
+        if copied is None or not (isinstance(stored, Tensor) and stored.is_floating_point()):
+            continue
+        mine = stored.detach().cpu()
+        narrow = min((mine.dtype, copied.dtype), key=lambda dtype: dtype.itemsize)
+        if mine.shape != copied.shape or not torch.equal(mine.to(narrow), copied.to(narrow)):
+            raise ModelError(
+                f"the adapter brings {key} ({tuple(copied.shape)}), a copy of its base's {name}, and this base has"
+                f" other values ({tuple(mine.shape)}): load the base it was trained on"
+            )
+    return left
+
+
+def _adapts(saved: Saved, projection: Projection, outside: tuple[Projection | None, ...]) -> bool:
     if projection.kind == "experts":
         return peft_format.ends(projection.name, saved.target_parameters)
     layers = saved.settings.get("layers_to_transform")
@@ -212,5 +239,5 @@ def _adapts(saved: Saved, projection: Projection, head: Projection | None) -> bo
     ):
         return False
     if saved.target_modules == ALL_LINEAR:
-        return projection is not head
+        return projection not in outside
     return peft_format.targeted(projection.name, saved.target_modules, saved.settings)

@@ -24,10 +24,10 @@ from finetune.adapters import peft_format
 from finetune.adapters.base import DTYPES, Adapter, AdapterConfig
 from finetune.adapters.full_copy import FullCopy, build_copies, trained_whole
 from finetune.adapters.mounting import Mounted, check_bare, place
-from finetune.adapters.targets import ALL_LINEAR, check_targets, select
+from finetune.adapters.targets import ALL_LINEAR, check_embedding, check_targets, select
 from finetune.errors import ConfigError, ModelError
 from finetune.quant.base import FrozenExperts, FrozenLinear, FrozenWeight
-from finetune.structure import Projection, Structure, inspect
+from finetune.structure import Projection, Structure, embedding_projection, inspect
 
 
 @dataclass
@@ -37,11 +37,13 @@ class WeightConfig(AdapterConfig):
     Attributes:
         targets: `all-linear` for every projection inside the blocks, or a list of names (the last part or parts of
             the dotted name) and globs, each of which must match something. The head is adapted only where a pattern
-            names it.
+            names it, the token embedding only by its name and where the method has a form for it.
     """
 
     target_words: ClassVar[tuple[str, ...]] = (ALL_LINEAR,)
     """What `targets` may be besides a list."""
+    embeds: ClassVar[bool] = False
+    """Whether the method has a form for the token embedding."""
 
     # OmegaConf has no type for "a string or a list of strings".
     targets: Any = ALL_LINEAR
@@ -98,6 +100,12 @@ class WrappedLinear(AdaptedWeight):
     def bias(self) -> nn.Parameter | None:
         """The frozen bias."""
         return self.base.bias
+
+    @property
+    def weight(self) -> Tensor:
+        """What the base calls so; some models look at the dtype of a weight before they call its module (T5)."""
+        weight: Tensor = self.base.weight  # type: ignore[assignment]
+        return weight
 
     def forward(self, x_BI: Tensor) -> Tensor:
         """y_BO: the base's own while disabled."""
@@ -179,6 +187,13 @@ class WeightAdapter(Adapter):
             f" leave them out of adapter.targets"
         )
 
+    def wrap_embedding(self, base: nn.Embedding, projection: Projection) -> AdaptedWeight:
+        """What stands for the token embedding; a method that `embeds` has a form for it."""
+        raise ConfigError(
+            f"adapter={self.config.name} cannot adapt the token embedding {projection.name}: leave it out of"
+            f" adapter.targets"
+        )
+
     def further(self) -> dict[str, AdaptedWeight]:
         """What stands for further modules, by name: for methods that also follow what is no projection."""
         return {}
@@ -195,6 +210,8 @@ class WeightAdapter(Adapter):
         wrapped: AdaptedWeight
         if isinstance(base, FrozenExperts):
             wrapped = self.wrap_experts(base, projection)
+        elif isinstance(base, nn.Embedding):
+            wrapped = self.wrap_embedding(base, projection)
         else:
             assert isinstance(base, FrozenLinear)
             wrapped = self.wrap(base, projection)
@@ -340,15 +357,18 @@ def choose(model: nn.Module, structure: Structure, config: WeightConfig) -> list
     """The projections that `config.targets` selects.
 
     Raises:
-        ConfigError: for a pattern that matches nothing, or a head that is tied to the embeddings.
+        ConfigError: for a pattern that matches nothing, a token embedding that the method has no form for, or a head or
+            an embedding whose weight is tied.
     """
-    head = head_projection(model, structure)
-    chosen = select(structure.projections, config.targets, head)
+    head, embedding = head_projection(model, structure), embedding_projection(model, structure)
+    chosen = select(structure.projections, config.targets, head, embedding)
     if head in chosen and structure.tied:
         raise ConfigError(
             f"adapter.targets names {structure.head}, whose weight is tied to {structure.embeddings}: merging would"
             f" change both; use adapter.train_also=[{structure.head}, {structure.embeddings}]"
         )
+    if embedding is not None and embedding in chosen:
+        check_embedding(config.name, config.embeds, embedding, structure)
     return chosen
 
 
@@ -365,7 +385,8 @@ def freeze_dense(model: nn.Module, structure: Structure, projections: list[Proje
     from finetune.quant.dense import DenseConfig
     from finetune.quant.freeze import freeze
 
-    plain = tuple(p for p in projections if not isinstance(_at(model, p.name), FrozenWeight))
+    dense = [p for p in projections if p.kind != "embedding"]
+    plain = tuple(p for p in dense if not isinstance(_at(model, p.name), FrozenWeight))
     if plain:
         freeze(model, DenseConfig(), replace(structure, projections=plain))
 
