@@ -38,6 +38,7 @@ _PUBLIC = {
     "HoulsbyConfig": "finetune.adapters.houlsby",
     "PfeifferConfig": "finetune.adapters.pfeiffer",
     "DataConfig": "finetune.data.config",
+    "Task": "finetune.model.task",
     "TrainConfig": "finetune.training.config",
     "UserError": "finetune.errors",
 }

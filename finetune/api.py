@@ -22,6 +22,7 @@ from finetune.errors import ConfigError
 from finetune.export.base import Proof
 from finetune.export.config import ExportConfig
 from finetune.model.config import ModelConfig
+from finetune.model.task import Task
 from finetune.quant.base import QuantConfig
 from finetune.training.config import ObjectiveConfig, OptimConfig, TrainConfig
 from finetune.training.protocols import TrainResult
@@ -43,13 +44,19 @@ _known: weakref.WeakKeyDictionary[nn.Module, Known] = weakref.WeakKeyDictionary(
 
 
 def load(
-    path: str | ModelConfig, quant: QuantConfig | None = None, *, dtype: str = "auto", device: str = "auto"
+    path: str | ModelConfig,
+    quant: QuantConfig | None = None,
+    *,
+    task: Task | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
 ) -> tuple[Any, Any]:
     """A frozen base and its tokenizer, streamed from a directory or hub id.
 
     Args:
         path: directory, hub id, `embedded`, or a whole ModelConfig.
         quant: how its projections are stored; None keeps the checkpoint's own storage.
+        task: what the base is opened for; None is a causal language model.
         dtype: auto | bf16 | fp16 | fp32, of what is not quantized.
         device: auto | cpu | cuda | cuda:N | mps.
 
@@ -64,7 +71,7 @@ def load(
     config = path if isinstance(path, ModelConfig) else ModelConfig(path=str(path))
     target = make_accelerator(device).device
     resolved = resolve_dtype(dtype, target)
-    loaded = load_model(config, quant or KeepConfig(), torch_dtype(resolved), str(target))
+    loaded = load_model(config, quant or KeepConfig(), torch_dtype(resolved), str(target), task or Task())
     _known[loaded.model] = Known(replace(loaded, model=nn.Identity()), resolved, config)
     return loaded.model, loaded.tokenizer
 

@@ -13,6 +13,7 @@ from finetune.errors import ConfigError
 if TYPE_CHECKING:
     from finetune.adapters.base import Adapter
     from finetune.export.base import Format
+    from finetune.model.task import Task
 
 
 def check(config: RunConfig) -> None:
@@ -68,8 +69,15 @@ def check_fit(config: RunConfig) -> None:
     from finetune.model.load import skeleton
 
     with torch.device("meta"):
-        adapter = attach(skeleton(config.model), config.adapter)
+        adapter = attach(skeleton(config.model, task_of(config)), config.adapter)
     check_exports(config.export.formats, adapter)
+
+
+def task_of(config: RunConfig) -> Task:
+    """What the base is opened for."""
+    from finetune.model.task import Task
+
+    return Task(config.objective.task)
 
 
 def check_exports(names: Sequence[str], adapter: Adapter) -> None:

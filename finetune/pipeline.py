@@ -126,6 +126,7 @@ class Runner:
 
         from finetune.adapters.attach import attach
         from finetune.adapters.provenance import check_provenance
+        from finetune.checks import task_of
         from finetune.model.load import load
 
         config = self.config
@@ -134,7 +135,10 @@ class Runner:
             self.accelerator,
             f"loading {config.model.path} ({config.quant.name}, {self.dtype} on {self.accelerator.device})",
         )
-        self.loaded = load(config.model, config.quant, torch_dtype(self.dtype), str(self.accelerator.device))
+        self.task = task_of(config)
+        torch.manual_seed(config.seed)  # a head that the checkpoint lacks is drawn while it loads
+        device = str(self.accelerator.device)
+        self.loaded = load(config.model, config.quant, torch_dtype(self.dtype), device, self.task)
         if config.adapter.path is not None:
             allow = config.adapter.allow_other_quant
             saved = Path(config.adapter.path)

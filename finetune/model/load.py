@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.model.check import check_directory, check_path, local_directory, read_json
 from finetune.model.config import ModelConfig
+from finetune.model.task import CAUSAL_LM, Task
 
 if TYPE_CHECKING:
     import torch
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
     from finetune.quant.base import QuantConfig
 
-__all__ = ["Loaded", "check_path", "context_length", "load", "resolve"]
+__all__ = ["Loaded", "Task", "check_path", "context_length", "load", "resolve"]
 
 POSITIONS = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len", "max_sequence_length", "n_ctx")
 """Under which configurations of transformers state how many positions a model was trained on."""
@@ -38,6 +39,7 @@ class Loaded:
         quantization_config: of config.json, in transformers' terms where stock reads it; None for a dense base.
         notes: what the user should know.
         quant: the storage settings in force.
+        task: what it was opened for.
     """
 
     model: nn.Module
@@ -47,6 +49,7 @@ class Loaded:
     quantization_config: dict[str, Any] | None
     notes: list[str] = field(default_factory=list)
     quant: QuantConfig | None = None
+    task: Task = CAUSAL_LM
 
     @property
     def storage(self) -> dict[str, Any] | None:
@@ -56,14 +59,11 @@ class Loaded:
     @property
     def pad_id(self) -> int:
         """Id to fill batches with: the pad token, else the end of sequence (masks are explicit, it is never learnt)."""
-        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
-            if token is not None:
-                return int(token)
-        return 0
+        return _pad_id(self.tokenizer)
 
 
-def load(model: ModelConfig, quant: QuantConfig, dtype: torch.dtype, device: str) -> Loaded:
-    """Load a causal language model and freeze it into a storage format, one tensor at a time.
+def load(model: ModelConfig, quant: QuantConfig, dtype: torch.dtype, device: str, task: Task = CAUSAL_LM) -> Loaded:
+    """Load a base for a task and freeze it into a storage format, one tensor at a time.
 
     Peak memory is the frozen model plus about one shard (model/streaming.py says how). A checkpoint that is quantized
     already keeps its storage; `quant` then has to say the same, or `keep`.
@@ -74,6 +74,7 @@ def load(model: ModelConfig, quant: QuantConfig, dtype: torch.dtype, device: str
             `quant.head`.
         dtype: of what is not quantized, and what projections hand on.
         device: "cpu", "cuda", "cuda:1", ...
+        task: what it is opened for; a head that the checkpoint lacks is drawn from torch's global generator.
 
     Raises:
         ModelError: for anything about the checkpoint that the user can mend.
@@ -87,12 +88,15 @@ def load(model: ModelConfig, quant: QuantConfig, dtype: torch.dtype, device: str
     headers = check_directory(directory)
     stored = storage_of(read_json(directory / "config.json", ""), headers, str(directory))
     settings = _settings(quant, stored.settings if stored else None, str(directory))
-    config = pretrained.read_config(directory, model)
+    config = task.configure(pretrained.read_config(directory, model))
     tokenizer = pretrained.read_tokenizer(directory, model)
+    if task.judges_rows:
+        _agree_on_padding(config, tokenizer)
     loading = pretrained.Loading(settings, dtype, stored)
+    names = {tensor.name for header in headers for tensor in header.tensors}
     with ThreadPoolExecutor(1) as pool:
         base = pool.submit(digest.base_digest, headers)
-        loaded = pretrained.read_model(directory, config, model, loading, device)
+        loaded = pretrained.read_model(directory, config, model, loading, device, task, names)
         digests = {
             "base": base.result(),
             "tokenizer": digest.tokenizer_digest(tokenizer),
@@ -110,7 +114,22 @@ def load(model: ModelConfig, quant: QuantConfig, dtype: torch.dtype, device: str
     # Absolute, because the adapter's own files name it and are read from anywhere.
     base_path = model.path if local is None else str(local.resolve())
     loaded.config._name_or_path = base_path  # what PEFT's adapter_config.json will name, not a path in the hub's cache
-    return Loaded(loaded, tokenizer, digests, base_path, quantization_config, notes, loading.quant)
+    return Loaded(loaded, tokenizer, digests, base_path, quantization_config, notes, loading.quant, task)
+
+
+def _pad_id(tokenizer: Any) -> int:
+    """The pad token, else the end of sequence, else 0."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    return 0
+
+
+def _agree_on_padding(config: Any, tokenizer: Any) -> None:
+    """Let model and tokenizer name one pad token: a decoder's classifier reads the last token that is none."""
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    config.get_text_config().pad_token_id = _pad_id(tokenizer)
 
 
 def _fuse(loaded: nn.Module, model: ModelConfig) -> list[str]:
@@ -131,16 +150,17 @@ def resolve(model: ModelConfig) -> str:
     return str(local_directory(model) or model.path)
 
 
-def skeleton(model: ModelConfig) -> Any:
+def skeleton(model: ModelConfig, task: Task = CAUSAL_LM) -> Any:
     """The model without its weights (on the meta device), from its configuration alone: seconds for any size.
 
     Raises:
-        ModelError: where the configuration cannot be read.
+        ModelError: where the configuration cannot be read, or transformers has no such model for the task.
     """
     from finetune.model import pretrained
     from finetune.model.hub import fetch
 
-    return pretrained.empty_model(pretrained.read_config(fetch(model, weights=False), model), model)
+    config = task.configure(pretrained.read_config(fetch(model, weights=False), model))
+    return pretrained.empty_model(config, model, task)
 
 
 def context_length(model: ModelConfig) -> int:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+import torch
+from transformers import AutoConfig, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
@@ -20,6 +21,8 @@ from finetune.model.loading import Loading
 from finetune.model.quantizer import FrozenBaseConfig
 from finetune.model.stored import METHOD
 from finetune.model.streaming import fixed_thresholds, own_memory
+from finetune.model.task import CAUSAL_LM, Task
+from finetune.model.task_head import settle, shared_elsewhere, start
 
 
 def read_config(directory: Path, model: ModelConfig) -> Any:
@@ -49,25 +52,38 @@ def read_tokenizer(directory: Path, model: ModelConfig) -> Any:
         )
 
 
-def read_model(directory: Path, config: Any, model: ModelConfig, loading: Loading, device: str) -> Any:
-    """The model, frozen while its tensors stream in.
+def read_model(
+    directory: Path,
+    config: Any,
+    model: ModelConfig,
+    loading: Loading,
+    device: str,
+    task: Task = CAUSAL_LM,
+    stored: Collection[str] = (),
+) -> Any:
+    """The model, frozen while its tensors stream in; a head that the task needs and the checkpoint lacks is made new.
 
     Experts run in transformers' eager loop: it reads one expert's weight at a time, which frozen stacks can serve.
+
+    Args:
+        stored: names of the checkpoint's tensors, by which a task's model finds what only another head names.
 
     Raises:
         ModelError: where the weights do not fit the configuration, or transformers cannot use either.
     """
-    native = AutoModelForCausalLM._model_mapping.get(type(config), None)  # type: ignore[attr-defined]
-    if native is None and not model.trust_remote_code:
-        raise ModelError(f"{directory} holds a {config.model_type} model, which is no causal language model")
+    native = _native(config, model, task, str(directory))
     options: dict[str, Any] = {"attn_implementation": _attention(native, model, loading)}
     if loading.stored is None:
         options["quantization_config"] = FrozenBaseConfig(loading)
     else:
         config.quantization_config = {"quant_method": METHOD, "loading": loading}
-    with fixed_thresholds(), _quiet():
+    if task.judges_rows:
+        with _quiet():
+            options["key_mapping"] = shared_elsewhere(config, stored) or None
+    # What transformers draws for missing weights is drawn again by `start`, from the same point on every device.
+    with fixed_thresholds(), _quiet(), torch.random.fork_rng(devices=[]):
         try:
-            result: Any = AutoModelForCausalLM.from_pretrained(
+            result: Any = task.auto_class().from_pretrained(
                 directory,
                 config=config,
                 dtype=loading.dtype,
@@ -85,21 +101,51 @@ def read_model(directory: Path, config: Any, model: ModelConfig, loading: Loadin
                 raise loading.failure from None
             raise ModelError(f"{directory} cannot be loaded: {_first_line(error)}") from error
         loaded, report = result
+        new: list[str] = []
+        if task.judges_rows:
+            report, new, left = settle(loaded, report)
+            loading.notes += _told(new, left, task)
         _judge({**report, "mismatched_keys": {*report["mismatched_keys"], *loading.mismatched}}, directory)
         own_memory(loaded, loading.pages)
     loaded.requires_grad_(False)
+    start(loaded, new)
     return loaded.eval()
 
 
-def empty_model(config: Any, model: ModelConfig) -> Any:
-    """The model of a configuration on the meta device; how a checkpoint stores its weights is left out of account."""
-    import torch
+def empty_model(config: Any, model: ModelConfig, task: Task = CAUSAL_LM) -> Any:
+    """The model of a configuration on the meta device; how a checkpoint stores its weights is left out of account.
 
+    Raises:
+        ModelError: where there is no such model for the task.
+    """
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    _native(config, model, task, f"model.path={model.path}")
     with torch.device("meta"), _one_line("the model cannot be built from its configuration"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+        return task.auto_class().from_config(config, trust_remote_code=model.trust_remote_code)
+
+
+def _native(config: Any, model: ModelConfig, task: Task, where: str) -> Any:
+    """transformers' own class for a configuration and a task; None where the checkpoint's own Python stands in.
+
+    Raises:
+        ModelError: where there is none.
+    """
+    native = task.auto_class()._model_mapping.get(type(config), None)
+    if native is None and not model.trust_remote_code:
+        raise ModelError(f"{where} holds a {config.model_type} model, which is no {task.words}")
+    return native
+
+
+def _told(new: list[str], left: list[str], task: Task) -> list[str]:
+    """What the user should know of a head made new and of heads left out."""
+    notes = []
+    if new:
+        notes.append(f"{', '.join(new)} of the {task.words} is new, from the seed: the checkpoint has none")
+    if left:
+        notes.append(f"{', '.join(left)} of the checkpoint is left out: a {task.words} has no use for it")
+    return notes
 
 
 def _attention(native: Any, model: ModelConfig, loading: Loading) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from finetune.errors import ConfigError, nearest
 from finetune.registry import Registry
@@ -100,6 +101,9 @@ class OptimConfig:
 @dataclass
 class ObjectiveConfig:
     """What is minimised. Sub-classes are registered in `OBJECTIVES`."""
+
+    task: ClassVar[str] = "causal_lm"
+    """The kind of model it needs, as `finetune.model.task.Task` names them."""
 
     name: str = "base"
 

@@ -1,0 +1,83 @@
+"""What a base is opened for: which of transformers' heads stands on it, and what that head gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from finetune.errors import ConfigError, nearest
+
+AUTO_CLASSES = {
+    "causal_lm": "AutoModelForCausalLM",
+    "classification": "AutoModelForSequenceClassification",
+    "regression": "AutoModelForSequenceClassification",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+}
+"""Kinds of tasks, and the class of transformers that opens a checkpoint for each."""
+
+WORDS = {
+    "causal_lm": "causal language model",
+    "classification": "sequence classifier",
+    "regression": "sequence regressor",
+    "seq2seq": "sequence-to-sequence model",
+}
+PROBLEMS = {"classification": "single_label_classification", "regression": "regression"}
+"""`problem_type` of config.json, by which stock pipelines choose between softmax and the plain value."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a base is opened for.
+
+    Attributes:
+        kind: causal_lm | classification | regression | seq2seq.
+        labels: names of the classes, in the order of the head's outputs; of a classification alone.
+    """
+
+    kind: str = "causal_lm"
+    labels: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.kind not in AUTO_CLASSES:
+            raise ConfigError(
+                f"a task is {self.kind!r}: expected {' | '.join(AUTO_CLASSES)}{nearest(self.kind, AUTO_CLASSES)}"
+            )
+        if (self.kind == "classification") != bool(self.labels):
+            raise ConfigError(
+                "a classification head without labels: name the classes"
+                if not self.labels
+                else f"a task of kind {self.kind} has no labels, but {len(self.labels)} are given"
+            )
+        if self.kind == "classification" and len(set(self.labels)) < max(2, len(self.labels)):
+            raise ConfigError(f"a classification needs two different labels or more, not {', '.join(self.labels)}")
+
+    @property
+    def words(self) -> str:
+        """What a model for it is called."""
+        return WORDS[self.kind]
+
+    @property
+    def judges_rows(self) -> bool:
+        """Whether the model gives one answer a row, by a head of its own, in place of tokens."""
+        return self.kind in PROBLEMS
+
+    def auto_class(self) -> Any:
+        """The class of transformers that opens a checkpoint for it."""
+        import transformers
+
+        return getattr(transformers, AUTO_CLASSES[self.kind])
+
+    def configure(self, config: Any) -> Any:
+        """Set what a transformers configuration says of the head: classes and their names. Returns the same object."""
+        if not self.judges_rows:
+            return config
+        names = self.labels or ("value",)
+        config.num_labels = len(names)
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: number for number, name in enumerate(names)}
+        config.problem_type = PROBLEMS[self.kind]
+        return config
+
+
+CAUSAL_LM = Task()
+"""What a base is opened for where nothing else is said."""
