@@ -134,7 +134,8 @@ class IA3Adapter(WeightAdapter):
         }
         base = getattr(getattr(self.model, "config", None), "_name_or_path", None)
         conv1d = any(p.kind == "conv1d" for p in self.projections)
-        return written(METHOD, lists, base, fan_in_fan_out=conv1d) | {"feedforward_modules": endings}
+        kind = peft_format.task_type(self.structure)
+        return written(METHOD, lists, base, kind, fan_in_fan_out=conv1d) | {"feedforward_modules": endings}
 
 
 @ADAPTERS.register(IA3Config)

@@ -226,9 +226,8 @@ class LoRAAdapter(WeightAdapter):
             alpha_pattern={n: s.alpha for n, s in self.sizes.items() if s.alpha != self.config.alpha},
         )
         conv1d = any(p.transposed for p in self.projections if p.kind == "conv1d")
-        return saved.to_peft(
-            base=getattr(getattr(self.model, "config", None), "_name_or_path", None), fan_in_fan_out=conv1d
-        )
+        base = getattr(getattr(self.model, "config", None), "_name_or_path", None)
+        return saved.to_peft(base, fan_in_fan_out=conv1d, task_type=peft_format.task_type(self.structure))
 
 
 @ADAPTERS.register(LoRAConfig)

@@ -65,7 +65,8 @@ class NormTuningAdapter(SelectAdapter):
         """adapter_config.json as stock PEFT reads it."""
         whole = [name for name in self.copies if name not in self.parts]
         lists = {"target_modules": peft_format.shorten(self.parts, self.names), "modules_to_save": whole}
-        return written(METHOD, lists, getattr(getattr(self.model, "config", None), "_name_or_path", None))
+        base = getattr(getattr(self.model, "config", None), "_name_or_path", None)
+        return written(METHOD, lists, base, peft_format.task_type(self.structure))
 
 
 @ADAPTERS.register(NormTuningConfig)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.errors import ModelError
+from finetune.structure import Structure
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -97,6 +98,16 @@ def check_header(directory: Path) -> None:
 def method_of(config: Mapping[str, Any]) -> str:
     """What a saved adapter calls its method: PEFT's type, or our name where PEFT has none."""
     return str(config.get("peft_type") or config.get("finetune_method"))
+
+
+def task_type(structure: Structure) -> str:
+    """PEFT's name for what a model gives, by which it picks its wrapper: one answer a row, a text for a text, or text.
+
+    Regression is `SEQ_CLS` too: to PEFT it is a classifier with one output.
+    """
+    if structure.task_head:
+        return "SEQ_CLS"
+    return "SEQ_2_SEQ_LM" if len(structure.stacks) > 1 else "CAUSAL_LM"
 
 
 def stacks_by_output(config: Mapping[str, Any]) -> bool:

@@ -61,16 +61,17 @@ class Saved:
         alpha = peft_format.by_pattern(self.alpha_pattern, name, self.alpha)
         return int(rank), float(alpha)
 
-    def to_peft(self, base: str | None, fan_in_fan_out: bool) -> dict[str, Any]:
+    def to_peft(self, base: str | None, fan_in_fan_out: bool, task_type: str) -> dict[str, Any]:
         """The content of adapter_config.json.
 
         Args:
             base: path or hub id of the base.
             fan_in_fan_out: whether the adapted modules are transformers' Conv1D.
+            task_type: what the model gives, as PEFT calls it.
         """
         return {
             "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
+            "task_type": task_type,
             "base_model_name_or_path": base or None,
             "inference_mode": True,
             "r": self.rank,

@@ -66,16 +66,19 @@ def read_saved(directory: Path, method: str) -> Saved:
     return Saved(targets, feedforward, whole, settings=config)
 
 
-def written(method: str, lists: Mapping[str, Iterable[str]], base: str | None, **more: Any) -> dict[str, Any]:
+def written(
+    method: str, lists: Mapping[str, Iterable[str]], base: str | None, task_type: str, **more: Any
+) -> dict[str, Any]:
     """The content of adapter_config.json.
 
     Args:
         lists: by PEFT's keys.
         base: path or hub id of the base.
+        task_type: what the model gives, as PEFT calls it.
         more: further keys of the method.
     """
     named = {key: list(names) or None for key, names in lists.items()}
-    common = {"peft_type": method, "task_type": "CAUSAL_LM", "inference_mode": True}
+    common = {"peft_type": method, "task_type": task_type, "inference_mode": True}
     return common | {"base_model_name_or_path": base or None} | named | more
 
 
