@@ -65,7 +65,7 @@ def trace(model: nn.Module) -> Flow | None:
 
     Neither the model nor its weights are touched: a twin of its class and configuration is built on the meta device.
     """
-    twin = _twin(model)
+    twin = twin_of(model)
     structure = inspect(twin)
     # Models that make their own mask look into it, which meta tensors refuse; others take no other form.
     marks = _run(twin, structure, (1, 1, TOKENS, TOKENS)) or _run(twin, structure, (1, TOKENS)) or _run(twin, structure)
@@ -83,12 +83,16 @@ def trace(model: nn.Module) -> Flow | None:
     return Flow(*(tuple(sorted(names, key=order.index)) for names in chosen))
 
 
-def _twin(model: nn.Module) -> nn.Module:
-    """The model without weights, its attention and experts written out in torch's own operations."""
+def twin_of(model: nn.Module, attention: str = "eager") -> nn.Module:
+    """The model without weights, its experts written out in torch's own operations.
+
+    Args:
+        attention: the implementation that transformers is asked for; by default written out as well.
+    """
     config: Any = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    config._attn_implementation = "eager"
+    config._attn_implementation = attention
     with torch.device("meta"):
         twin = type(model)(config).eval()
     choose = getattr(twin, "set_experts_implementation", None)
