@@ -90,7 +90,7 @@ def attach(model: Any, config: AdapterConfig) -> Adapter:
         loaded, allow = known.loaded, config.allow_other_quant
         for note in check_provenance(Path(config.path), loaded.digests, allow, quantization=loaded.storage):
             print(note)
-    known.adapter = attach_adapter(model, config)
+    known.adapter = attach_adapter(model, config, known.loaded.originals)
     return known.adapter
 
 

@@ -45,6 +45,7 @@ def check_files(config: RunConfig) -> None:
         check_output(config.output_dir)
     headers = check_path(config.model)
     check_adapter(config.adapter)
+    config.adapter.check_base(config.quant)
     if config.adapter.path is None:
         config.adapter.check_stored({t.name: t.shape for header in headers for t in header.tensors})
     check_sources(config.data)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +126,8 @@ class Runner:
 
         from finetune.adapters.attach import attach
         from finetune.adapters.provenance import check_provenance
-        from finetune.checks import task_of
+        from finetune.checks import check_exports, task_of
+        from finetune.export.directory import published
         from finetune.model.load import load
 
         config = self.config
@@ -144,7 +145,15 @@ class Runner:
             saved = Path(config.adapter.path)
             self.loaded.notes += check_provenance(saved, self.loaded.digests, allow, quantization=self.loaded.storage)
         torch.manual_seed(config.seed)
-        self.adapter = attach(self.loaded.model, config.adapter)
+        start = self.run.path / "start"
+        adapter = config.adapter
+        if self.run.resumed and adapter.path is None and start.is_dir():
+            adapter = replace(adapter, path=str(start))
+        self.adapter = attach(self.loaded.model, adapter, self.loaded.originals)
+        check_exports(config.export.formats, self.adapter)  # once more: some methods know it only by what is stored
+        if self.adapter.keeps_start and adapter.path is None and self.run.writable:
+            with published(start) as work:
+                self.adapter.save(work)
         trained = sum(p.numel() for p in self.adapter.trainable().values())
         total = sum(getattr(module, "weights", 0) for module in self.loaded.model.modules())
         say(

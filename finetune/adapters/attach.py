@@ -7,19 +7,21 @@ from pathlib import Path
 from torch import nn
 
 from finetune.adapters import peft_format
-from finetune.adapters.base import ADAPTERS, Adapter, AdapterConfig
+from finetune.adapters.base import ADAPTERS, Adapter, AdapterConfig, Originals
 from finetune.adapters.provenance import read_provenance
 
 
-def attach(model: nn.Module, config: AdapterConfig) -> Adapter:
+def attach(model: nn.Module, config: AdapterConfig, originals: Originals | None = None) -> Adapter:
     """Freeze a model and attach an adapter to it in place; from then on the adapter alone trains.
 
-    A fresh adapter leaves the model's outputs as they are. Its initial values are drawn from torch's global generator
-    in module order, so that a seed decides them.
+    A fresh adapter leaves the model's outputs as they are, but for prompts and for what brings a quantized model nearer
+    to what it was before (QPiSSA, LoftQ). Its initial values are drawn from torch's global generator in module order, so
+    that a seed decides them.
 
     Args:
         model: a causal language model of transformers, its projections frozen in any storage format, or dense.
         config: the method and its settings; `config.path` names a saved adapter to start from.
+        originals: the base before it was quantized, for methods that start from it.
 
     Raises:
         ConfigError: for settings that do not fit the model.
@@ -28,6 +30,8 @@ def attach(model: nn.Module, config: AdapterConfig) -> Adapter:
     adapter: Adapter = ADAPTERS.build(config, model)
     if config.path is not None:
         adapter.load(Path(config.path))
+    else:
+        adapter.initialise(originals)
     return adapter
 
 

@@ -6,19 +6,25 @@ An adapter *attaches* to a loaded model and is from then on the only thing in it
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from finetune.errors import ConfigError, nearest
+from finetune.quant.base import QuantConfig
 from finetune.registry import Registry
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Choices of `adapter.dtype`."""
+
+Originals = Callable[[Callable[[str, Tensor], None]], None]
+"""Reads the weights of the base again as they were before they were quantized, one at a time: it calls what it is given
+with the name that each has in the dense model and the weight itself, in the layout and dtype of that parameter."""
 
 
 @dataclass
@@ -56,6 +62,16 @@ class AdapterConfig:
             UserError: when it cannot be read, is of another method or contradicts these settings.
         """
 
+    def check_base(self, quant: QuantConfig) -> None:
+        """What the method can say against the storage of its base before any model is loaded; most take every one.
+
+        Args:
+            quant: as configured; under `keep` the checkpoint decides, and it is `attach` that refuses.
+
+        Raises:
+            ConfigError: naming the storages that the method takes.
+        """
+
     def check_stored(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """What the method can say for certain against its settings by the base's checkpoint alone; most say nothing.
 
@@ -67,6 +83,13 @@ class AdapterConfig:
 
         Raises:
             UserError: when no model that reads such tensors can be adapted this way.
+        """
+
+    def read_tokenizer(self, tokenizer: Any) -> None:
+        """Remember what the settings need of the base's tokenizer, before they are attached; most need nothing.
+
+        Raises:
+            ConfigError: for a setting that the tokenizer can make nothing of.
         """
 
 
@@ -94,6 +117,21 @@ class Adapter(ABC):
         """Whether PEFT has the method, so that stock PEFT opens what `save` writes."""
         return False
 
+    def initialise(self, originals: Originals | None = None) -> None:
+        """Find the initial values that depend on the base's weights; `attach` calls it once, where no saved adapter is
+        loaded. Most methods have none.
+
+        Args:
+            originals: the base before it was quantized; None where it cannot be had, or is what is stored.
+        """
+        return
+
+    @property
+    def keeps_start(self) -> bool:
+        """Whether it computes with more than the stored base and `trainable()`: values found by `initialise` that do
+        not train. A resumed run needs them bit for bit, so the run saves the adapter as it starts."""
+        return False
+
     def learning_rate_scales(self) -> dict[str, float]:
         """Factors on the learning rate, by names of `trainable()`; what is not among them learns at the plain rate."""
         return {}
@@ -101,6 +139,10 @@ class Adapter(ABC):
     @abstractmethod
     def disabled(self) -> AbstractContextManager[None]:
         """Within it the model computes exactly what the base computes."""
+
+    def places(self) -> Mapping[str, Mounted]:
+        """What it puts into the model, by the names of what that stands for; empty for an adapter that stands alone."""
+        return {}
 
     @abstractmethod
     def mount(self) -> None:

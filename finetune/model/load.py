@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.model.check import check_directory, check_path, local_directory, read_json
@@ -14,6 +17,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from finetune.adapters.base import Originals
+    from finetune.model.loading import Loading
     from finetune.quant.base import QuantConfig
 
 __all__ = ["Loaded", "Task", "check_path", "context_length", "load", "resolve"]
@@ -40,6 +45,8 @@ class Loaded:
         notes: what the user should know.
         quant: the storage settings in force.
         task: what it was opened for.
+        originals: reads the weights again as they were before they were quantized, for methods that start from them
+            (finetune.adapters.base.Originals); None where what is stored is all there is.
     """
 
     model: nn.Module
@@ -50,6 +57,7 @@ class Loaded:
     notes: list[str] = field(default_factory=list)
     quant: QuantConfig | None = None
     task: Task = CAUSAL_LM
+    originals: Originals | None = None
 
     @property
     def storage(self) -> dict[str, Any] | None:
@@ -114,7 +122,8 @@ def load(model: ModelConfig, quant: QuantConfig, dtype: torch.dtype, device: str
     # Absolute, because the adapter's own files name it and are read from anywhere.
     base_path = model.path if local is None else str(local.resolve())
     loaded.config._name_or_path = base_path  # what PEFT's adapter_config.json will name, not a path in the hub's cache
-    return Loaded(loaded, tokenizer, digests, base_path, quantization_config, notes, loading.quant, task)
+    originals = _originals(loaded, directory, loading) if stored is None and loading.quant.name != "none" else None
+    return Loaded(loaded, tokenizer, digests, base_path, quantization_config, notes, loading.quant, task, originals)
 
 
 def _pad_id(tokenizer: Any) -> int:
@@ -139,6 +148,20 @@ def _fuse(loaded: nn.Module, model: ModelConfig) -> list[str]:
     from finetune.model.exchange import exchange, notes
 
     return notes(exchange(loaded))
+
+
+def _originals(loaded: nn.Module, directory: Path, loading: Loading) -> Originals:
+    """What reads the weights of the checkpoint again; holds the model no longer than the model itself lives."""
+    model = weakref.ref(loaded)
+
+    def read(visit: Callable[[str, torch.Tensor], None]) -> None:
+        from finetune.model.originals import read_originals
+
+        alive = model()
+        assert alive is not None, "the model that these weights belong to is gone"
+        read_originals(alive, directory, loading.dtype, visit)
+
+    return read
 
 
 def resolve(model: ModelConfig) -> str:

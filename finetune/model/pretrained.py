@@ -78,10 +78,10 @@ def read_model(
     else:
         config.quantization_config = {"quant_method": METHOD, "loading": loading}
     if task.judges_rows:
-        with _quiet():
+        with quiet():
             options["key_mapping"] = shared_elsewhere(config, stored) or None
     # What transformers draws for missing weights is drawn again by `start`, from the same point on every device.
-    with fixed_thresholds(), _quiet(), torch.random.fork_rng(devices=[]):
+    with fixed_thresholds(), quiet(), torch.random.fork_rng(devices=[]):
         try:
             result: Any = task.auto_class().from_pretrained(
                 directory,
@@ -189,7 +189,7 @@ def _first_line(error: Exception) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Within it transformers shows no warnings (what they say is judged here) and no bar where nobody watches."""
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
