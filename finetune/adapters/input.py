@@ -32,6 +32,8 @@ PROMPT = "prompt_encoder"
 """Name of the model's child that trains; PEFT calls it so as well."""
 EMBEDDINGS = "prompt_embeddings"
 """The one key of PEFT's files for methods of this kind, besides modules trained whole."""
+PREFIX = "base_model."
+"""Before the names of these; other methods of PEFT put a module more around the model."""
 
 
 class Removable(Protocol):
@@ -195,7 +197,7 @@ class InputAdapter(Adapter):
     def file_keys(self) -> dict[str, nn.Parameter]:
         """Keys of whole modules in adapter_model.safetensors and the parameters they fill."""
         return {
-            f"{peft_format.PREFIX}{name}.{leaf}": parameter
+            f"{PREFIX}{name}.{leaf}": parameter
             for name, module in self.copies.items()
             for leaf, parameter in module.trains()
         }
@@ -221,7 +223,7 @@ class InputAdapter(Adapter):
         peft_format.check_method(directory, saved, self.file_config())
         self.check_settings(directory, saved)
         keys = self.file_keys()
-        found = peft_format.read_tensors(directory)
+        found = self.from_file(saved, peft_format.read_tensors(directory))
         shapes = {EMBEDDINGS: self.saved_shape()} | {key: tuple(p.shape) for key, p in keys.items()}
         peft_format.check_tensors(directory, shapes, found)
         if not isinstance(self.encoder, Materialised):
@@ -238,6 +240,10 @@ class InputAdapter(Adapter):
         Raises:
             ModelError: naming the setting and both values.
         """
+
+    def from_file(self, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a file in the layout of `saved_shape`; a method with another on disk turns them into it."""
+        return tensors
 
     def own_config(self) -> dict[str, Any]:
         """adapter_config.json of a method that PEFT does not have: the settings themselves."""
