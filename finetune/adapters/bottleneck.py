@@ -26,8 +26,8 @@ from finetune.adapters.targets import matches
 from finetune.adapters.weight import AdaptedWeight, WeightAdapter, WeightConfig, WrappedLinear
 from finetune.errors import ConfigError, nearest
 from finetune.quant.base import FrozenLinear
-from finetune.structure import Projection, inspect
-from finetune.structure.flow import trace
+from finetune.structure import Projection, Structure, inspect
+from finetune.structure.flow import Flow, trace
 from finetune.structure.norms import norms
 
 AUTO = "auto"
@@ -41,6 +41,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 STRUCTURAL = ("width", "activation", "norms", "targets", "train_also")
 """Settings that decide which tensors there are and what they mean; a saved adapter brings its own."""
+SITES = tuple[list[Projection], dict[str, int]]
+"""Projections that end a sub-layer, and modules that are one, with their hidden features."""
 
 
 @dataclass
@@ -56,6 +58,7 @@ class BottleneckConfig(WeightConfig):
 
     target_words: ClassVar[tuple[str, ...]] = (AUTO,)
     after_attention: ClassVar[bool] = True
+    structural: ClassVar[tuple[str, ...]] = STRUCTURAL
 
     width: int = 64
     activation: str = "gelu"
@@ -74,7 +77,7 @@ class BottleneckConfig(WeightConfig):
 
     def check_saved(self, directory: Path) -> None:
         """Refuse another method and broken settings."""
-        as_saved(self, directory, STRUCTURAL)
+        as_saved(self, directory, self.structural)
 
 
 class Bottleneck(nn.Module):
@@ -90,14 +93,20 @@ class Bottleneck(nn.Module):
 
     def forward(self, h_BH: Tensor) -> Tensor:
         """In the dtype of h."""
+        return h_BH + self.change(h_BH)
+
+    def change(self, h_BH: Tensor) -> Tensor:
+        """up(act(down(h))), in the dtype of h."""
         down_WH, down_W, up_HW, up_H = (
             p.to(h_BH.dtype) for p in (self.down_weight, self.down_bias, self.up_weight, self.up_bias)
         )
-        return h_BH + F.linear(self.act(F.linear(h_BH, down_WH, down_W)), up_HW, up_H)
+        return F.linear(self.act(F.linear(h_BH, down_WH, down_W)), up_HW, up_H)
 
 
 class BottleneckLinear(WrappedLinear):
     """A projection that ends a sub-layer, and the bottleneck after it."""
+
+    over: ClassVar[bool] = True
 
     def __init__(self, base: FrozenLinear, bottleneck: Bottleneck) -> None:
         super().__init__(base)
@@ -114,6 +123,8 @@ class BottleneckModule(AdaptedWeight):
 
     What the module offers besides is read through.
     """
+
+    over: ClassVar[bool] = True
 
     def __init__(self, base: nn.Module, bottleneck: Bottleneck) -> None:
         nn.Module.__init__(self)
@@ -191,13 +202,31 @@ class BottleneckAdapter(WeightAdapter):
 def attach_bottlenecks(config: BottleneckConfig, model: nn.Module) -> BottleneckAdapter:
     """Attach bottlenecks to a model; `config.path` decides the structure here, its tensors are loaded by `attach`."""
     if config.path is not None:
-        config = as_saved(config, Path(config.path), STRUCTURAL)
-    ends = sites(model, config.after_attention)
-    if ends is None:
+        config = as_saved(config, Path(config.path), config.structural)
+    return BottleneckAdapter(config, model, *chosen_sites(config, understood(config, model), inspect(model)))
+
+
+def understood(config: BottleneckConfig, model: nn.Module) -> Flow:
+    """What the projections of a model are for.
+
+    Raises:
+        ConfigError: where that cannot be told.
+    """
+    flow = trace(model)
+    if flow is None:
         raise ConfigError(
             f"adapter={config.name}: this model's sub-layers are not understood, so nothing can follow them"
         )
-    plan, modules = ends
+    return flow
+
+
+def chosen_sites(config: BottleneckConfig, flow: Flow, structure: Structure) -> SITES:
+    """The sub-layers that `config` means.
+
+    Raises:
+        ConfigError: for a pattern that matches none of their ends.
+    """
+    plan, modules = sites(flow, structure, config.after_attention)
     if config.targets != AUTO:
         names = [*(p.name for p in plan), *modules]
         for pattern in config.targets:
@@ -209,18 +238,15 @@ def attach_bottlenecks(config: BottleneckConfig, model: nn.Module) -> Bottleneck
                 )
         plan = [p for p in plan if any(matches(pattern, p.name) for pattern in config.targets)]
         modules = {n: h for n, h in modules.items() if any(matches(pattern, n) for pattern in config.targets)}
-    return BottleneckAdapter(config, model, plan, modules)
+    return plan, modules
 
 
-def sites(model: nn.Module, after_attention: bool) -> tuple[list[Projection], dict[str, int]] | None:
-    """Where sub-layers end: projections, and modules with their hidden features; None where that is not understood.
+def sites(flow: Flow, structure: Structure, after_attention: bool) -> SITES:
+    """Where sub-layers end.
 
     Args:
         after_attention: whether attention counts, beside feed-forwards.
     """
-    flow, structure = trace(model), inspect(model)
-    if flow is None:
-        return None
     attention = (*flow.key_value, *flow.attention_output)
     modules: dict[str, int] = {}
     for p in structure.projections:

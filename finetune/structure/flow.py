@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -53,11 +53,13 @@ class Flow:
         attention_output: the last projection of attention, before the residual.
         feedforward_output: the last projection of a feed-forward, before the residual; its input is the intermediate
             activation. Stacked experts count where one of their two projections widens from the hidden size.
+        feedforward_input: by the name of such an output, the projections that its branch begins with; none for experts.
     """
 
     key_value: tuple[str, ...]
     attention_output: tuple[str, ...]
     feedforward_output: tuple[str, ...]
+    feedforward_input: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def trace(model: nn.Module) -> Flow | None:
@@ -79,8 +81,10 @@ def trace(model: nn.Module) -> Flow | None:
     if not (marks.right and attention and feedforward):
         return None  # state space models multiply activations too, but have no feed-forward
     order = [p.name for p in structure.projections]
-    chosen = (marks.right, attention, feedforward)
-    return Flow(*(tuple(sorted(names, key=order.index)) for names in chosen))
+    right, attention, feedforward = (sorted(names, key=order.index) for names in (marks.right, attention, feedforward))
+    begins = {end: [name for name in order if name in marks.read.get(end, ())] for end in feedforward}
+    beginnings = {end: tuple(n for n in names if STREAM in marks.read.get(n, ())) for end, names in begins.items()}
+    return Flow(tuple(right), tuple(attention), tuple(feedforward), beginnings)
 
 
 def twin_of(model: nn.Module, attention: str = "eager") -> nn.Module:
