@@ -90,6 +90,7 @@ def attach(model: Any, config: AdapterConfig) -> Adapter:
         loaded, allow = known.loaded, config.allow_other_quant
         for note in check_provenance(Path(config.path), loaded.digests, allow, quantization=loaded.storage):
             print(note)
+    config.read_tokenizer(known.loaded.tokenizer)
     known.adapter = attach_adapter(model, config, known.loaded.originals)
     return known.adapter
 
@@ -189,7 +190,8 @@ def export(
     rows = known.eval_rows
     if data is not None:
         source_of_rows = data if isinstance(data, DataConfig) else DataConfig(train=data, eval=data)
-        rows = prepare(source_of_rows, tokenizer, context=context_length(known.path), seed=0).eval
+        context = context_length(known.path) - (known.adapter.virtual_tokens if known.adapter else 0)
+        rows = prepare(source_of_rows, tokenizer, context=context, seed=0).eval
     if rows is None:
         raise ConfigError("export has no held-out rows to prove on: train first, or give data=")
     settings = replace(config or ExportConfig(), formats=list(formats))

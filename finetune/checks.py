@@ -10,6 +10,9 @@ from finetune.config import RunConfig
 from finetune.device import check_device
 from finetune.errors import ConfigError
 
+SHORTEST_ROW = 2
+"""Tokens of a row that something can be learnt from."""
+
 if TYPE_CHECKING:
     from finetune.adapters.base import Adapter
     from finetune.export.base import Format
@@ -72,6 +75,32 @@ def check_fit(config: RunConfig) -> None:
     with torch.device("meta"):
         adapter = attach(skeleton(config.model, task_of(config)), config.adapter)
     check_exports(config.export.formats, adapter)
+    check_training(config, adapter)
+
+
+def check_training(config: RunConfig, adapter: Adapter) -> int:
+    """Whether an adapter can train as it is asked to, and how many tokens of a row the model then has positions for.
+
+    Raises:
+        ConfigError: where the method says that it cannot, or the rows leave no room for its virtual tokens.
+    """
+    from finetune.model.load import context_length
+
+    obstacle = adapter.training_obstacle(
+        gradient_checkpointing=config.train.gradient_checkpointing, packing=config.data.packing
+    )
+    if obstacle:
+        raise ConfigError(obstacle)
+    context, virtual = context_length(config.model), adapter.virtual_tokens
+    shortest = config.data.max_length or SHORTEST_ROW
+    if virtual and shortest + virtual > context:
+        asked = "data.max_length is" if config.data.max_length else "a row has at least"
+        raise ConfigError(
+            f"{asked} {shortest} and adapter={config.adapter.name} puts {virtual} virtual tokens before every row, more"
+            f" than the model's context of {context} tokens: expected {max(0, context - virtual)} and {virtual}, or fewer"
+            " virtual ones"
+        )
+    return context - virtual
 
 
 def task_of(config: RunConfig) -> Task:

@@ -149,6 +149,7 @@ class Runner:
         adapter = config.adapter
         if self.run.resumed and adapter.path is None and start.is_dir():
             adapter = replace(adapter, path=str(start))
+        adapter.read_tokenizer(self.loaded.tokenizer)
         self.adapter = attach(self.loaded.model, adapter, self.loaded.originals)
         check_exports(config.export.formats, self.adapter)  # once more: some methods know it only by what is stored
         if self.adapter.keeps_start and adapter.path is None and self.run.writable:
@@ -173,11 +174,11 @@ class Runner:
         )
 
     def prepare(self) -> None:
+        from finetune.checks import check_training
         from finetune.data.prepare import prepare
         from finetune.model.digest import json_digest
-        from finetune.model.load import context_length
 
-        context = context_length(self.config.model)
+        context = check_training(self.config, self.adapter)
         with self.accelerator.main_process_first():
             self.data = prepare(self.config.data, self.loaded.tokenizer, context=context, seed=self.config.seed)
         if self.data.template:
