@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -102,6 +103,8 @@ class Adapter(ABC):
 
     config: AdapterConfig
     model: nn.Module
+    copies: Mapping[str, Any] = {}
+    """Modules that train whole (`full_copy.FullCopy`), by their names in the model."""
 
     @abstractmethod
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -132,6 +135,11 @@ class Adapter(ABC):
         not train. A resumed run needs them bit for bit, so the run saves the adapter as it starts."""
         return False
 
+    @property
+    def starts_as_base(self) -> bool:
+        """Whether the model, before the first step, computes what the base computes, bit for bit."""
+        return True
+
     def learning_rate_scales(self) -> dict[str, float]:
         """Factors on the learning rate, by names of `trainable()`; what is not among them learns at the plain rate."""
         return {}
@@ -143,6 +151,10 @@ class Adapter(ABC):
     def places(self) -> Mapping[str, Mounted]:
         """What it puts into the model, by the names of what that stands for; empty for an adapter that stands alone."""
         return {}
+
+    def take_over(self, name: str, copy: Any) -> None:
+        """Train another adapter's copy of a module that trains whole, in place of the own one."""
+        raise NotImplementedError(f"{type(self).__name__} trains no module whole")
 
     @abstractmethod
     def mount(self) -> None:

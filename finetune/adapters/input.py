@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from finetune.adapters import peft_format
 from finetune.adapters.base import DTYPES, Adapter, AdapterConfig
-from finetune.adapters.full_copy import build_copies, trained_whole
-from finetune.adapters.mounting import Mounted, check_bare, place
+from finetune.adapters.full_copy import FullCopy, build_copies, renamed, trained_whole
+from finetune.adapters.mounting import Mounted, check_bare, lift, place
 from finetune.errors import ConfigError
 from finetune.structure import inspect
 
@@ -101,7 +101,6 @@ class InputAdapter(Adapter):
         model.requires_grad_(False)
         dtype = DTYPES[config.dtype]
         self.copies = build_copies(model, self.structure, whole, dtype)
-        self._bases = {name: model.get_submodule(name) for name in whole}
         encoder = self.make_encoder() if config.path is None else Materialised(torch.zeros(self.saved_shape()))
         # Drawn on the CPU in float32, so that a seed gives the same start on every device.
         device = next(p for p in model.parameters() if p.device.type != "meta").device if _placed(model) else "meta"
@@ -144,6 +143,11 @@ class InputAdapter(Adapter):
         """Where adapter_config.json names one of PEFT's methods."""
         return "peft_type" in self.file_config()
 
+    @property
+    def starts_as_base(self) -> bool:
+        """Rows begin with something that was not there."""
+        return False
+
     def trainable(self) -> dict[str, nn.Parameter]:
         """Every tensor that trains, by its full name in the model; a tied one once."""
         return dict(self._trainable)
@@ -164,8 +168,9 @@ class InputAdapter(Adapter):
 
     def mount(self) -> None:
         """Add what trains to the model and hook it in."""
-        self.model.add_module(PROMPT, self.encoder)
-        place(self.model, self.copies)
+        self.encoder.method = self.config.name
+        self.model.add_module(PROMPT, self.encoder.train(self.model.training))
+        place(self.model, self.copies, self.config.name)
         self._handles = list(self.hooks())
 
     def unmount(self) -> None:
@@ -173,8 +178,17 @@ class InputAdapter(Adapter):
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        place(self.model, self._bases)
+        lift(self.model, self.copies)
         delattr(self.model, PROMPT)
+
+    def take_over(self, name: str, copy: FullCopy) -> None:
+        """Train another adapter's copy of a module in place of the own one."""
+        self.copies[name] = copy
+        self._trainable = renamed(self._trainable, name, copy)
+
+    def places(self) -> dict[str, Mounted]:
+        """What trains before the text, and copies that train."""
+        return {PROMPT: self.encoder, **self.copies}
 
     @property
     def mergeable(self) -> bool:
