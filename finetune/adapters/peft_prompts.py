@@ -29,7 +29,7 @@ HARMLESS = frozenset({
     "inference_mode", "auto_mapping", "base_model_name_or_path", "revision", "peft_version", "runtime_config",
     "num_attention_heads", "num_layers", "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path",
     "tokenizer_kwargs", "encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers",
-    "encoder_dropout",
+    "encoder_dropout", "prefix_projection", "init_weights",
 })  # fmt: skip
 """Keys that say how the virtual tokens came about, or where the base is from."""
 
@@ -93,11 +93,9 @@ def written(
         key: getattr(text, name, None)
         for key, name in (("num_layers", "num_hidden_layers"), ("num_attention_heads", "num_attention_heads"))
     }
-    pair = bool(getattr(config, "is_encoder_decoder", False))
-    task = SEQ_TO_SEQ if pair else "SEQ_CLS" if structure.task_head else "CAUSAL_LM"
     return {
         "peft_type": method,
-        "task_type": task,
+        "task_type": peft_format.task_type(structure),
         "inference_mode": True,
         "base_model_name_or_path": getattr(config, "_name_or_path", None) or None,
         "num_virtual_tokens": length,
