@@ -61,11 +61,13 @@ def collate(rows: TokenRows, micro_batch: Sequence[Sequence[int]], pad_id: int, 
         multiple: `LENGTH_STEP` where many batches are run, so that their shapes repeat.
     """
     packed = any(len(sequence) > 1 for sequence in micro_batch)
+    assert not packed or rows.targets is None, "rows with a target are never packed"
     lengths = [sum(len(rows[i].input_ids) for i in sequence) for sequence in micro_batch]
     longest = max(lengths)
     shape = (len(micro_batch), -(-longest // multiple) * multiple)
     ids_BS, labels_BS = np.full(shape, pad_id, np.int64), np.full(shape, IGNORE, np.int64)
     positions_BS = np.tile(np.minimum(np.arange(shape[1]), longest - 1), (shape[0], 1))
+    types_BS = None if rows.token_types is None else np.zeros(shape, np.int64)
     for b, sequence in enumerate(micro_batch):
         place = 0
         for index in sequence:
@@ -73,6 +75,8 @@ def collate(rows: TokenRows, micro_batch: Sequence[Sequence[int]], pad_id: int, 
             stop = place + len(row.input_ids)
             ids_BS[b, place:stop] = row.input_ids
             labels_BS[b, place:stop] = row.labels
+            if types_BS is not None:
+                types_BS[b, place:stop] = row.token_types
             if packed:
                 positions_BS[b, place:stop] = np.arange(stop - place)
             place = stop
@@ -80,7 +84,17 @@ def collate(rows: TokenRows, micro_batch: Sequence[Sequence[int]], pad_id: int, 
             positions_BS[b, place:] = np.arange(shape[1] - place)
     real_BS = np.arange(shape[1])[None] < np.array(lengths)[:, None]
     mask_BS = None if packed else torch.from_numpy(real_BS.astype(np.int64))
-    return Batch(torch.from_numpy(ids_BS), torch.from_numpy(labels_BS), torch.from_numpy(positions_BS), mask_BS)
+    targets_B = None
+    if rows.targets is not None:
+        targets_B = torch.from_numpy(rows.targets[[index for sequence in micro_batch for index in sequence]])
+    return Batch(
+        torch.from_numpy(ids_BS),
+        torch.from_numpy(labels_BS),
+        torch.from_numpy(positions_BS),
+        mask_BS,
+        targets_B,
+        None if types_BS is None else torch.from_numpy(types_BS),
+    )
 
 
 def eval_batches(rows: TokenRows, batch_size: int, pad_id: int) -> Iterator[Batch]:

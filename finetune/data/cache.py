@@ -21,6 +21,8 @@ FORMAT_VERSION = 1
 """Raised whenever the same inputs give other tokens, labels or metadata."""
 
 _ARRAYS = ("input_ids", "labels", "offsets")
+_MORE = ("targets", "token_types")
+"""Arrays that only rows with a label have."""
 
 
 def cache_directory(configured: str | None) -> Path:
@@ -51,7 +53,7 @@ def load(directory: Path, digest: str) -> tuple[dict[str, TokenRows], dict[str, 
             arrays = {name: file.get_tensor(name) for name in file.keys()}
         if meta["sha256"] != _sha256(arrays):
             return None
-        sides = {side: TokenRows(*(arrays[f"{side}.{name}"] for name in _ARRAYS)) for side in meta["sides"]}
+        sides = {side: _rows(arrays, side) for side in meta["sides"]}
     except (OSError, SafetensorError, KeyError, ValueError, TypeError):
         return None
     return sides, meta["values"]
@@ -69,7 +71,10 @@ def store(directory: Path, digest: str, sides: dict[str, TokenRows], values: dic
     from safetensors.numpy import save
 
     arrays = {
-        f"{side}.{name}": np.ascontiguousarray(getattr(rows, name)) for side, rows in sides.items() for name in _ARRAYS
+        f"{side}.{name}": np.ascontiguousarray(getattr(rows, name))
+        for side, rows in sides.items()
+        for name in _ARRAYS + _MORE
+        if getattr(rows, name) is not None
     }
     meta = {
         "format_version": FORMAT_VERSION,
@@ -93,6 +98,11 @@ def store(directory: Path, digest: str, sides: dict[str, TokenRows], values: dic
     except OSError as error:
         return f"tokenized rows are not cached in {directory}: {error.strerror or error}"
     return None
+
+
+def _rows(arrays: dict[str, np.ndarray], side: str) -> TokenRows:
+    more = (arrays.get(f"{side}.{name}") for name in _MORE)
+    return TokenRows(*(arrays[f"{side}.{name}"] for name in _ARRAYS), *more)
 
 
 def _path(directory: Path, digest: str) -> Path:

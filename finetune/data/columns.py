@@ -10,7 +10,8 @@ from finetune.data.conversation import BadRow
 from finetune.errors import ConfigError, nearest
 
 FIELDS = (
-    "text", "instruction", "input", "output", "system", "prompt", "completion", "messages", "conversations", "tools"
+    "text", "instruction", "input", "output", "system", "prompt", "completion", "messages", "conversations", "tools",
+    "text_pair", "label",
 )  # fmt: skip
 """What the formats call their columns: the left side of `data.columns`."""
 

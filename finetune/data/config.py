@@ -8,7 +8,7 @@ from typing import Any
 from finetune.data.columns import check_columns, template_fields
 from finetune.errors import ConfigError, nearest
 
-FORMATS = ("auto", "text", "alpaca", "prompt_completion", "messages", "sharegpt")
+FORMATS = ("auto", "text", "alpaca", "prompt_completion", "messages", "sharegpt", "labelled")
 TOO_LONG = ("truncate", "drop", "split", "error")
 
 
@@ -21,10 +21,12 @@ class DataConfig:
             `pydocs` (the interpreter's own documentation), a list of these, or a mapping of these to weights: how
             often each row is seen in an epoch ({a.jsonl: 2.0, b.jsonl: 0.5}). From Python also a list of rows.
         eval: the same for the held-out rows; null holds out 2 % of train by a hash of the row (16 to 500 rows).
-        format: auto | text | alpaca | prompt_completion | messages | sharegpt.
+        format: auto | text | alpaca | prompt_completion | messages | sharegpt | labelled (rows of a text and a label,
+            for objective=classification and objective=regression).
         columns: renames, field -> column of the file, e.g. {prompt: question, completion: answer}.
         template: the prompt over the row's columns, e.g. "Q: {question}\\nA:", followed by the field `completion`, as
-            plain text without a chat template; with format=text it is the whole text.
+            plain text without a chat template; with format=text it is the whole text, with format=labelled the text
+            that is judged.
         chat_template: auto | guanaco | alpaca | chatml | a file with a Jinja template.
         max_length: tokens a row; null is min(the model's context, 2048).
         too_long: what happens to longer rows: truncate | drop | split | error; counted and shown.
@@ -58,7 +60,7 @@ class DataConfig:
         check_columns(self.columns)
         if self.template is not None:
             template_fields(self.template)
-            if self.format not in ("auto", "prompt_completion", "text"):
+            if self.format not in ("auto", "prompt_completion", "text", "labelled"):
                 raise ConfigError(
                     f"data.template conflicts with data.format={self.format}: a template writes the prompt of "
                     "prompt_completion rows, or with data.format=text the whole text"

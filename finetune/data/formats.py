@@ -5,11 +5,13 @@ alpaca               {instruction, input?, output, system?}            Stanford 
 prompt_completion    {prompt, completion, system?}
 messages             {messages: [{role, content, tool_calls?}], tools?}    OpenAI; `content` a text or typed parts
 sharegpt             {conversations: [{from, value}], system?, tools?}     ShareGPT, with function_call and observation
+labelled             {label, text, text_pair?}    for classification and regression; GLUE's names of the texts as well
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -208,6 +210,43 @@ def _has_turns(*keys: str) -> Callable[[Row], bool]:
     return fits
 
 
+TEXTS = (("text", "text_pair"), ("sentence1", "sentence2"), ("sentence", "sentence2"), ("premise", "hypothesis"))
+"""What a labelled row may call its text and, where it judges a pair, the second one; the first that is there counts."""
+
+
+def labelled(template: str | None = None) -> Format:
+    """The format of rows with a label, which stands where an answer would.
+
+    Args:
+        template: the text out of the row's columns; None where a column holds it.
+    """
+
+    def convert(row: Row) -> list[Conversation]:
+        label = row.get("label")
+        if label is None or (isinstance(label, float) and not math.isfinite(label)):
+            raise BadRow(
+                f"has no label: 'label' is {describe(label) if label is None else label}"
+                if "label" in row
+                else lacks("label", row)
+            )
+        if isinstance(label, float) and label.is_integer():
+            label = int(label)  # as tables write whole numbers where a row has none
+        turn = Turn("user", fill(template, row)) if template is not None else _judged(row)
+        return [Conversation((turn, Turn("assistant", as_text({"label": label}, "label"), learn=True)), plain=True)]
+
+    if template is not None:
+        names = ("label", *template_fields(template))
+        return Format("labelled", "text", ", ".join(names), lambda row: all(n in row for n in names), convert)
+    shape = "label, text, and text_pair for pairs"
+    return Format("labelled", "text", shape, lambda row: "label" in row and any(t in row for t, _ in TEXTS), convert)
+
+
+def _judged(row: Row) -> Turn:
+    """The text, or pair of texts, of a labelled row."""
+    first, second = next(((a, b) for a, b in TEXTS if row.get(a) is not None), TEXTS[0])
+    return Turn("user", as_text(row, first), context=_optional(row, second))
+
+
 FORMATS = {
     form.name: form
     for form in (
@@ -218,9 +257,12 @@ FORMATS = {
             "prompt_completion", "instruction", "prompt, completion", _has("prompt", "completion"), _prompt_completion
         ),
         Format("text", "text", "text", _has("text"), _text),
+        labelled(),
     )
 }
-"""In the order they are tried: a row that has a `text` besides an instruction is an instruction."""
+"""In the order they are tried: a row that has a `text` besides an instruction is an instruction.
+Labelled rows are never guessed: whether the label of a text is learnt is the objective's to say."""
+GUESSED = {name: form for name, form in FORMATS.items() if name != "labelled"}
 
 
 def templated(template: str, whole: bool) -> Format:
@@ -272,13 +314,17 @@ def recognise(config: DataConfig, source: str, first_rows: Sequence[RawRow]) -> 
             problem = problem or str(bad)
     if not renamed:
         raise DataError(f"{source}: data.columns does not fit: the first row {problem}")
+    if config.format == "labelled":
+        return _checked(
+            labelled(config.template), source, renamed, "a classifier or regressor learns labels: rows need"
+        )
     if config.template is not None:
         form = templated(config.template, whole=config.format == "text")
         return _checked(form, source, renamed, "data.template needs the columns")
     if config.format != "auto":
         return _checked(FORMATS[config.format], source, renamed, f"data.format={config.format} needs")
-    votes = Counter({name: sum(form.fits(row) for row in renamed) for name, form in FORMATS.items()})
-    name, count = votes.most_common(1)[0]  # most_common keeps the order of FORMATS among equals
+    votes = Counter({name: sum(form.fits(row) for row in renamed) for name, form in GUESSED.items()})
+    name, count = votes.most_common(1)[0]  # most_common keeps the order of GUESSED among equals
     if not count:
         raise DataError(_unrecognised(source, renamed[0]))
     return FORMATS[name]
@@ -292,13 +338,17 @@ def _checked(form: Format, source: str, rows: Sequence[Row], need: str) -> Forma
         reason = f"has {', '.join(map(str, rows[0]))}"
     except BadRow as bad:
         reason = str(bad)
-    extra = "; name the answer's column with data.columns={completion: ...}" if form.name == "template" else ""
+    named = {
+        "template": "the answer's column with data.columns={completion: ...}",
+        "labelled": "the columns with data.columns={text: ..., label: ...}",
+    }
+    extra = f"; name {named[form.name]}" if form.name in named else ""
     raise DataError(f"{source}: {need} {form.shape}: the first row {reason}{extra}")
 
 
 def _unrecognised(source: str, row: Row) -> str:
     seen = ", ".join(name if isinstance(value, str) else f"{name} ({describe(value)})" for name, value in row.items())
-    shapes = "; ".join(f"{form.name} {{{form.shape}}}" for form in FORMATS.values())
+    shapes = "; ".join(f"{form.name} {{{form.shape}}}" for form in GUESSED.values())
     return (
         f"{source}: no format recognised: its rows have {seen or 'no columns'}; expected {shapes}; "
         "name the columns with data.columns={prompt: ..., completion: ...} or write a data.template"

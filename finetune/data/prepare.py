@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import numpy as np
 from finetune.data import cache
 from finetune.data.config import DataConfig
 from finetune.data.formats import Format
+from finetune.data.labels import Labelling
 from finetune.data.lengths import longest
 from finetune.data.report import DataReport, SideReport
 from finetune.data.rows import IGNORE, TokenRows
@@ -63,7 +64,12 @@ class _Plan:
     template: ChatTemplate | None
     max_length: int
     seed: int
+    labelling: Labelling | None = None
     notes: list[str] = field(default_factory=list)
+
+    def recipe(self) -> Recipe:
+        """How rows are tokenized."""
+        return Recipe(self.config, self.tokenizer, self.template, self.max_length, self.labelling)
 
     def digest(self) -> str:
         """Of all that the result depends on."""
@@ -75,10 +81,14 @@ class _Plan:
             config.max_bad_fraction, self.max_length, self.template.source if self.template else None,
             _tokenizer_digest(self.tokenizer), self.seed if weighted else None,
         ]  # fmt: skip
+        if self.labelling is not None:
+            parts.append(asdict(self.labelling))
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def prepare(data: DataConfig, tokenizer: Any, *, context: int, seed: int) -> Prepared:
+def prepare(
+    data: DataConfig, tokenizer: Any, *, context: int, seed: int, labelling: Labelling | None = None
+) -> Prepared:
     """Read, check, render, tokenize, label, hold out; from the cache where all that decides the result is unchanged.
 
     Args:
@@ -86,12 +96,15 @@ def prepare(data: DataConfig, tokenizer: Any, *, context: int, seed: int) -> Pre
         tokenizer: a fast tokenizer of transformers; left unchanged.
         context: tokens the model can attend over.
         seed: of the draw where sources have weights that are no whole numbers; the held-out rows do not depend on it.
+        labelling: how the label of a row is learnt; None where answers or texts are.
 
     Raises:
         DataError: for a file that cannot be used, too many faulty rows, or nothing left to learn.
         ConfigError: for settings that conflict with the model or with one another.
     """
-    plan = _plan(data, tokenizer, longest(data.max_length, context), seed)
+    if labelling is not None:
+        context = min(context, tokenizer.model_max_length)  # RoBERTa counts its positions from two
+    plan = _plan(data, tokenizer, longest(data.max_length, context), seed, labelling)
     directory, digest = cache.cache_directory(data.cache_dir), plan.digest()
     template = plan.template.source if plan.template else None
     found = cache.load(directory, digest)
@@ -109,7 +122,7 @@ def prepare(data: DataConfig, tokenizer: Any, *, context: int, seed: int) -> Pre
     return prepared
 
 
-def _plan(data: DataConfig, tokenizer: Any, max_length: int, seed: int) -> _Plan:
+def _plan(data: DataConfig, tokenizer: Any, max_length: int, seed: int, labelling: Labelling | None) -> _Plan:
     sources = resolve(data.train, "data.train")
     if data.eval is not None:
         eval_sources = resolve(data.eval, "data.eval", side="eval")
@@ -118,9 +131,11 @@ def _plan(data: DataConfig, tokenizer: Any, max_length: int, seed: int) -> _Plan
     forms, eval_forms = recognise_all(data, sources), recognise_all(data, eval_sources)
     template = choose_template(data.chat_template, tokenizer, {form.kind for form in forms + eval_forms})
     notes = []
-    if tokenizer.eos_token_id is None:
+    if tokenizer.eos_token_id is None and labelling is None:
         notes.append("the tokenizer has no end-of-text token: the model will not learn to stop")
-    return _Plan(data, tokenizer, sources, forms, eval_sources, eval_forms, template, max_length, seed, notes)
+    return _Plan(
+        data, tokenizer, sources, forms, eval_sources, eval_forms, template, max_length, seed, labelling, notes
+    )
 
 
 def _make(plan: _Plan, template: str | None) -> Prepared:
@@ -140,6 +155,8 @@ def _make(plan: _Plan, template: str | None) -> Prepared:
         len(eval_rows), len(eval_rows.input_ids), int((eval_rows.labels != IGNORE).sum()),
         held_out=bool(held), notes=list(plan.notes),
     )  # fmt: skip
+    if plan.labelling is not None and train.targets is not None:
+        report.labels = plan.labelling.describe(train.targets)
     if own and data.eval is not None:
         report.shared = len(set(own.digests) & set(side.digests))
     if not len(eval_rows):
@@ -148,7 +165,7 @@ def _make(plan: _Plan, template: str | None) -> Prepared:
 
 
 def _tokenize(key: str, plan: _Plan, sources: list[Source], forms: list[Format]) -> Side:
-    return tokenize_side(key, sources, forms, Recipe(plan.config, plan.tokenizer, plan.template, plan.max_length))
+    return tokenize_side(key, sources, forms, plan.recipe())
 
 
 def _held_out(side: Side, plan: _Plan) -> list[int]:
@@ -160,6 +177,7 @@ def _held_out(side: Side, plan: _Plan) -> list[int]:
 
 def _samples(plan: _Plan, side: Side, own: Side | None, held: list[int]) -> list[Sample]:
     """Prompts of held-out examples, read a second time so that no side is ever held in memory as text."""
+    encoder = plan.recipe().labelled()
     parts = [(plan.eval_sources, plan.eval_forms, own, list(range(len(own.rows))))] if own else []
     samples: list[Sample] = []
     for sources, forms, part, rows in [*parts, (plan.sources, plan.forms, side, held)]:
@@ -173,7 +191,7 @@ def _samples(plan: _Plan, side: Side, own: Side | None, held: list[int]) -> list
         )
         wanted = set(chosen)
         found = {
-            number: sample(conversation, plan.template, plan.tokenizer)
+            number: encoder.sample(conversation) if encoder else sample(conversation, plan.template, plan.tokenizer)
             for number, conversation in zip(range(max(wanted) + 1), examples, strict=False)
             if number in wanted
         }

@@ -38,6 +38,7 @@ class DataReport:
         train_rows, train_tokens, train_learnt: to learn from; `learnt` counts positions with a label.
         eval_rows, eval_tokens, eval_learnt: held out.
         held_out: the held-out rows were taken from train.
+        labels: of the rows to learn from, in words, where rows have one in place of an answer.
         shared: held-out rows that are also learnt (only possible where data.eval was given).
         notes: anything else a user should read.
         cached: nothing was tokenized: all was in the cache.
@@ -55,6 +56,7 @@ class DataReport:
     eval_tokens: int = 0
     eval_learnt: int = 0
     held_out: bool = False
+    labels: str = ""
     shared: int = 0
     notes: list[str] = field(default_factory=list)
     cached: bool = False
@@ -83,9 +85,11 @@ class DataReport:
                 done = {"truncate": "truncated", "drop": "dropped", "split": "split"}.get(self.policy, self.policy)
                 lines.append(f"data: {key}: {side.too_long} rows longer than {self.max_length} tokens {done}")
         held = " held out of data.train by a hash of the prompt" if self.held_out else " for evaluation"
+        learnt = f"labels: {self.labels}" if self.labels else f"{self.train_learnt} of them learnt"
+        held += ", from the cache" if self.cached else ""
         lines.append(
-            f"data: {self.train_rows} rows to learn from ({self.train_tokens} tokens, {self.train_learnt} of them "
-            f"learnt), {self.eval_rows} rows{held}" + (", from the cache" if self.cached else "")
+            f"data: {self.train_rows} rows to learn from ({self.train_tokens} tokens, {learnt}), "
+            f"{self.eval_rows} rows{held}"
         )
         return lines + [f"data: {note}" for note in self._notes()]
 

@@ -6,7 +6,7 @@ Shape suffixes: B rows of the batch, S positions.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -18,23 +18,40 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Row:
-    """One row: token ids and, at each position, the token to learn there or `IGNORE`. Labels are NOT shifted."""
+    """One row: token ids and, at each position, the token to learn there or `IGNORE`. Labels are NOT shifted.
+
+    Attributes:
+        target: what is learnt of the row as a whole, a class (int64) or a number (float32); None where tokens are.
+        token_types: which text of a pair each token belongs to; None where the model is not told.
+    """
 
     input_ids: np.ndarray
     labels: np.ndarray
+    target: np.generic | None = None
+    token_types: np.ndarray | None = None
 
 
 class TokenRows(Sequence[Row]):
-    """Rows in three flat arrays, so that a million of them cost no Python objects.
+    """Rows in a few flat arrays, so that a million of them cost no Python objects.
 
     Args:
         input_ids: int32, all rows behind one another.
         labels: int32, the same length.
         offsets: int64 [rows + 1]; row i is [offsets[i], offsets[i + 1]).
+        targets: int64 or float32 [rows], see `Row`; all rows have one or none has.
+        token_types: int8, as long as the ids; likewise.
     """
 
-    def __init__(self, input_ids: np.ndarray, labels: np.ndarray, offsets: np.ndarray) -> None:
+    def __init__(
+        self,
+        input_ids: np.ndarray,
+        labels: np.ndarray,
+        offsets: np.ndarray,
+        targets: np.ndarray | None = None,
+        token_types: np.ndarray | None = None,
+    ) -> None:
         self.input_ids, self.labels, self.offsets = input_ids, labels, offsets
+        self.targets, self.token_types = targets, token_types
 
     @classmethod
     def of(cls, rows: Sequence[Row]) -> TokenRows:
@@ -43,7 +60,9 @@ class TokenRows(Sequence[Row]):
         empty = np.zeros(0, np.int32)
         ids = np.concatenate([empty, *(row.input_ids for row in rows)]).astype(np.int32)
         labels = np.concatenate([empty, *(row.labels for row in rows)]).astype(np.int32)
-        return cls(ids, labels, offsets)
+        targets = np.array([row.target for row in rows]) if rows and rows[0].target is not None else None
+        told = [row.token_types for row in rows if row.token_types is not None]
+        return cls(ids, labels, offsets, targets, np.concatenate(told).astype(np.int8) if told else None)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -56,7 +75,12 @@ class TokenRows(Sequence[Row]):
         if not 0 <= index < len(self):
             raise IndexError(index)
         cut = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
-        return Row(self.input_ids[cut], self.labels[cut])
+        return Row(
+            self.input_ids[cut],
+            self.labels[cut],
+            None if self.targets is None else self.targets[index],
+            None if self.token_types is None else self.token_types[cut],
+        )
 
     def __iter__(self) -> Iterator[Row]:
         return (self[i] for i in range(len(self)))
@@ -73,22 +97,33 @@ class Batch:
     Attributes:
         input_ids_BS, labels_BS, position_ids_BS: int64; labels are not shifted.
         attention_mask_BS: 1 for real positions; None where rows are packed (positions restart at each row, which is
-        what
-            transformers separates rows by; a mask of ones would silently join them).
+        what transformers separates rows by; a mask of ones would silently join them).
+        targets_B: int64 classes or float32 numbers, where rows are learnt as a whole; else None.
+        token_types_BS: int64, where the model reads them; else None.
     """
 
     input_ids_BS: Tensor
     labels_BS: Tensor
     position_ids_BS: Tensor
     attention_mask_BS: Tensor | None
+    targets_B: Tensor | None = None
+    token_types_BS: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on a device."""
-        mask = None if self.attention_mask_BS is None else self.attention_mask_BS.to(device)
-        return Batch(self.input_ids_BS.to(device), self.labels_BS.to(device), self.position_ids_BS.to(device), mask)
+        held = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: tensor.to(device) for name, tensor in held.items() if tensor is not None})
 
     def model_inputs(self) -> dict[str, Tensor | bool]:
-        """Keyword arguments of a transformers model, without labels."""
+        """Keyword arguments of a transformers model, without labels.
+
+        Rows that are learnt as a whole come without positions: encoders count theirs in ways of their own (RoBERTa's
+        begin behind the padding's), and the mask says all there is to know.
+        """
+        if self.targets_B is not None:
+            assert self.attention_mask_BS is not None, "rows with a target are never packed"
+            whole: dict[str, Tensor | bool] = {"input_ids": self.input_ids_BS, "attention_mask": self.attention_mask_BS}
+            return whole if self.token_types_BS is None else {**whole, "token_type_ids": self.token_types_BS}
         inputs: dict[str, Tensor | bool] = {
             "input_ids": self.input_ids_BS,
             "position_ids": self.position_ids_BS,

@@ -17,11 +17,13 @@ class Sample:
         prompt: the text to feed, as the chat template writes it, ready for an answer.
         reference: the row's own answer.
         prompt_ids: the prompt's tokens, special ones included; feed these, so that no BOS is added twice.
+        token_types: of a row with a label, where the model reads them.
     """
 
     prompt: str
     reference: str
     prompt_ids: list[int] = field(default_factory=list)
+    token_types: list[int] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -13,6 +14,8 @@ from finetune.data.columns import describe, rename
 from finetune.data.config import DataConfig
 from finetune.data.conversation import BadRow, Conversation
 from finetune.data.formats import Format
+from finetune.data.labelled import LabelledEncoder
+from finetune.data.labels import Labelling
 from finetune.data.lengths import fit
 from finetune.data.masking import Masker
 from finetune.data.report import SideReport
@@ -84,12 +87,20 @@ class Recipe:
         tokenizer: a fast one.
         template: of chats and instructions.
         max_length: tokens a row.
+        labelling: how labels are learnt, where rows have one in place of an answer.
     """
 
     config: DataConfig
     tokenizer: Any
     template: ChatTemplate | None
     max_length: int
+    labelling: Labelling | None = None
+
+    def labelled(self) -> LabelledEncoder | None:
+        """What tokenizes rows with a label; None where rows have none."""
+        if self.labelling is None:
+            return None
+        return LabelledEncoder(self.tokenizer, self.labelling, self.max_length, self.config.too_long)
 
 
 def tokenize_side(key: str, sources: list[Source], forms: list[Format], recipe: Recipe) -> Side:
@@ -103,14 +114,16 @@ def tokenize_side(key: str, sources: list[Source], forms: list[Format], recipe: 
     Raises:
         DataError: when too many rows are faulty, or none is left.
     """
-    masker, faults, side = Masker(recipe.tokenizer), Faults(), Side(TokenRows.of([]))
+    faults, side = Faults(), Side(TokenRows.of([]))
+    encoder = recipe.labelled()
+    tokenize = partial(_labelled_chunk, encoder) if encoder else partial(_tokenize_chunk, Masker(recipe.tokenizer))
     collected: list[Row] = []
     count = 0
     for number, (source, form) in enumerate(zip(sources, forms, strict=True)):
         side.report.formats[source.name] = form.name
         stream = read_examples(source, form, recipe.config, side.report, faults)
         while chunk := list(islice(stream, _CHUNK)):
-            for index, rows in _tokenize_chunk(chunk, recipe, masker, side.report, faults):
+            for index, rows in tokenize(chunk, recipe, side.report, faults):
                 example, times = chunk[index].conversation, len(rows)
                 collected += rows
                 side.prompts += [example.prompt_digest()] * times
@@ -127,8 +140,21 @@ def tokenize_side(key: str, sources: list[Source], forms: list[Format], recipe: 
     return side
 
 
+def _labelled_chunk(
+    encoder: LabelledEncoder, chunk: list[Example], recipe: Recipe, report: SideReport, faults: Faults
+) -> Iterator[tuple[int, list[Row]]]:
+    """Place in the chunk and the row of each example whose label can be learnt."""
+    encoded = encoder.rows([example.conversation for example in chunk], [example.origin for example in chunk])
+    for index, (row, is_long) in enumerate(encoded):
+        report.too_long += is_long
+        if isinstance(row, BadRow):
+            faults.add(chunk[index].origin, str(row))
+        else:
+            yield index, [] if row is None else [row]
+
+
 def _tokenize_chunk(
-    chunk: list[Example], recipe: Recipe, masker: Masker, report: SideReport, faults: Faults
+    masker: Masker, chunk: list[Example], recipe: Recipe, report: SideReport, faults: Faults
 ) -> Iterator[tuple[int, list[Row]]]:
     """Place in the chunk and rows of each example that can be learnt from."""
     rendered: list[Rendered] = []
