@@ -31,6 +31,8 @@ from finetune.structure.attention import attending
 
 METHOD = "PREFIX_TUNING"
 """PEFT's name."""
+SHAPE = ("num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules")
+"""Keys of adapter_config.json that decide how its tensor is cut."""
 STARTS = ("vocabulary", "random")
 
 

@@ -133,8 +133,8 @@ def _registered(implementation: str) -> str:
     name = f"{NAME}_{implementation}"
     beneath: Callable[..., Any] | None = AttentionInterface().get(implementation)
     attend = functools.partial(_attend, beneath)
-    # Modules that serve one implementation alone see through ours by inspect.unwrap.
-    attend.__wrapped__ = beneath  # type: ignore[attr-defined]
+    if beneath is not None:  # modules made for one implementation see through ours by inspect.unwrap
+        attend.__wrapped__ = beneath  # type: ignore[attr-defined]
     AttentionInterface.register(name, attend)
     AttentionMaskInterface.register(name, AttentionMaskInterface()[implementation])
     return name
@@ -198,15 +198,13 @@ def _moved(
     place: PositionInput, source: KeyValues, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """A pre-hook: the positions of real tokens, moved behind the trained ones."""
-    named = isinstance(place.argument, str)
-    if not source.enabled or (place.argument not in kwargs if named else len(args) <= int(place.argument)):
+    given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+    if not source.enabled or place.argument not in given:
         return None
-    positions: Tensor = kwargs[place.argument] if named else args[int(place.argument)]
+    positions: Tensor = given[place.argument]
     moved = positions + source.virtual_tokens
     padding = getattr(module, "padding_idx", None)
     if padding is not None:  # positions that mean padding keep on doing so
         moved = moved.where(positions != padding, positions)
-    if named:
-        return args, kwargs | {place.argument: moved}
-    at = int(place.argument)
-    return (*args[:at], moved, *args[at + 1 :]), kwargs
+    given[place.argument] = moved
+    return tuple(given.pop(index) for index in range(len(args))), given

@@ -9,13 +9,16 @@ Shape suffixes: B rows, S positions, I features, H heads, D features of a head.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import AttentionInterface
 
 from finetune.kernels.fused import act_mul, rms_norm, rope
-from finetune.model.attention import NAME, attention_forward
+from finetune.model.attention import attention_forward
 from finetune.structure.exchangeable import GatedLayers, RotaryLayers
 
 
@@ -108,13 +111,14 @@ class FusedRotaryAttention(FusedModule):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Attended features and None."""
         embeddings = kwargs.get("position_embeddings")
-        ours = self.config._attn_implementation == NAME and kwargs.get("past_key_values") is None
-        if args or not ours or embeddings is None or embeddings[0].dtype != hidden_states.dtype:
+        attend = _ours(self.config._attn_implementation)
+        cached = bool(args) or kwargs.get("past_key_values") is not None
+        if attend is None or cached or embeddings is None or embeddings[0].dtype != hidden_states.dtype:
             return super().forward(hidden_states, *args, **kwargs)
         query, key, value = self.rotated(hidden_states, *embeddings)
         options = {name: v for name, v in kwargs.items() if name not in _OWN} | dict(self.fused.extra)
         dropout = getattr(self, "attention_dropout", 0.0) if self.training else 0.0
-        attended, weights = attention_forward(
+        attended, weights = attend(
             self, query, key, value, kwargs.get("attention_mask"), dropout, self.fused.scaling, **options
         )
         return getattr(self, self.fused.layers.out)(attended.flatten(2)), weights
@@ -128,6 +132,12 @@ class FusedRotaryAttention(FusedModule):
             query, key = getattr(self, layers.query_norm)(query), getattr(self, layers.key_norm)(key)
         query, key = rope(query, cos, sin), rope(key, cos, sin)
         return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
+
+def _ours(implementation: str) -> Callable[..., Any] | None:
+    """The attention of that name where it is our function, or something that stands before it, as a wrapper does."""
+    attend = AttentionInterface().get(implementation)
+    return attend if attend is not None and inspect.unwrap(attend) is attention_forward else None
 
 
 _OWN = ("position_embeddings", "attention_mask", "past_key_values")

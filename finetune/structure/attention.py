@@ -145,7 +145,8 @@ def _position_inputs(twin: nn.Module) -> Iterator[list[PositionInput]]:
 
     def watch(name: str) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            for argument, value in (*enumerate(args), *kwargs.items()):
+            given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+            for argument, value in given.items():
                 if isinstance(value, _Positions) and not value.is_floating_point() and value.dtype != torch.bool:
                     found.append(PositionInput(name, argument))
 
