@@ -231,7 +231,37 @@ def doctor(arguments: list[str]) -> int:
     return 0
 
 
+def offsite(arguments: list[str]) -> int:
+    """`finetune offsite split|plug`: ship an emulator of a model in its place; put in what comes back trained."""
+    from finetune.compose import compose_config
+    from finetune.config import to_run_config
+    from finetune.startup import importing
+
+    action, rest = (arguments[0] if arguments else ""), arguments[1:]
+    if action not in ("split", "plug"):
+        hint = nearest(action, ("split", "plug"))
+        raise ConfigError(f"finetune offsite {action or '(nothing)'}: expected split or plug{hint}")
+    config_dir = CHECKOUT_CONFIGS if CHECKOUT_CONFIGS.joinpath("train.yaml").is_file() else PACKAGED_CONFIGS
+    with importing():
+        config = to_run_config(compose_config(rest, config_dir.resolve()))
+        from finetune.offsite.plug import plug
+        from finetune.offsite.split import Job, split
+    job = Job(
+        model=config.model,
+        offsite=config.offsite,
+        data=config.data,
+        train=config.train,
+        optim=config.optim,
+        device=config.device,
+        seed=config.seed,
+        output_dir=config.output_dir,
+        max_shard_gb=config.export.max_shard_gb,
+    )
+    return split(job) if action == "split" else plug(job, config.adapter.path)
+
+
 VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (train, "fine-tune, merge, export and prove (the same as python train.py)"),
+    "offsite": (offsite, "split a model into an emulator to ship; plug in what comes back"),
     "doctor": (doctor, "versions, device and backends, ready to paste into a bug report"),
 }

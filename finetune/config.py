@@ -21,6 +21,7 @@ from finetune.data.config import DataConfig
 from finetune.errors import ConfigError, nearest
 from finetune.export.config import ExportConfig
 from finetune.model.config import ModelConfig
+from finetune.offsite.config import OffsiteConfig
 from finetune.quant.base import QUANTIZERS, QuantConfig
 from finetune.registry import Registry
 from finetune.training.config import (
@@ -75,6 +76,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+    offsite: OffsiteConfig = field(default_factory=OffsiteConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:

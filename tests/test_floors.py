@@ -16,6 +16,7 @@ FLOORS = [
     {"pipeline", "compose", "processes"},
     {"doctor", "checks"},
     {"config", "report", "samples"},
+    {"offsite"},
     {"training", "export"},
     {"evaluation"},
     {"model"},
