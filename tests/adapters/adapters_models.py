@@ -1,10 +1,16 @@
-"""Tiny models that differ where adapters care: grouped queries, Conv1D with ties, biases, stacked experts."""
+"""Tiny models that differ where adapters care, and what every one of them is fed.
+
+The contract runs over `FAMILIES`: grouped queries, Conv1D with ties, biases, stacked experts, an encoder with a task head,
+an encoder and a decoder. `TINY` has many more; tables of families belong to tests, never to the product.
+"""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import transformers
@@ -14,40 +20,90 @@ from finetune.adapters.attach import attach
 from finetune.adapters.base import Adapter
 from finetune.adapters.lora import LoRAConfig
 from finetune.errors import ConfigError
+from finetune.quant.affine import Int4Config, Int8gConfig
+from finetune.quant.base import QuantConfig
 from finetune.quant.dense import DenseConfig
+from finetune.quant.fp4 import FP4Config
 from finetune.quant.freeze import freeze
+from finetune.quant.int8 import Int8Config
 from finetune.quant.nf4 import NF4Config
 from finetune.registry import Registry
 from finetune.structure import inspect
 
 torch.set_num_threads(1)
 VOCABULARY = 96
-FAMILIES = ("llama", "gpt2", "opt", "mixtral")
-QUANTS = {"dense": DenseConfig, "nf4": NF4Config}
+DECODERS = ("llama", "gpt2", "opt", "mixtral")
+FAMILIES = (*DECODERS, "bert", "t5")
+QUANTS: dict[str, Callable[[], QuantConfig]] = {
+    "dense": DenseConfig, "nf4": NF4Config, "fp4": FP4Config, "int8": Int8Config, "int8g": Int8gConfig,
+    "int4": functools.partial(Int4Config, group_size=32),
+}  # fmt: skip
 
 COMMON = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-DECODER = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-           "num_key_value_heads": 2, "max_position_embeddings": 128}  # fmt: skip
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "max_position_embeddings": 128}  # fmt: skip
+DECODER = SIZES | {"num_key_value_heads": 2}
+HEADS = DECODER | {"head_dim": 16}
+OLD = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+ENCODER = SIZES | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": 3}
+T5 = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4,
+      "dropout_rate": 0.0, "decoder_start_token_id": 0}  # fmt: skip
+BART = {"d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "max_position_embeddings": 128,
+        "dropout": 0.0, "decoder_start_token_id": 2, "forced_eos_token_id": None}  # fmt: skip
+
+TINY: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": ("CausalLM", "Llama", DECODER),
+    "gpt2": ("CausalLM", "GPT2", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "resid_pdrop": 0.0,
+                                  "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
+    "opt": ("CausalLM", "OPT", OLD | {"word_embed_proj_dim": 64, "ffn_dim": 96, "max_position_embeddings": 128,
+                                      "dropout": 0.0}),
+    "mixtral": ("CausalLM", "Mixtral", DECODER | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "bert": ("SequenceClassification", "Bert", ENCODER),
+    "t5": ("Seq2SeqLM", "T5", T5),
+    "gpt_oss": ("CausalLM", "GptOss", HEADS | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "mistral": ("CausalLM", "Mistral", DECODER | {"sliding_window": 8}),
+    "qwen2": ("CausalLM", "Qwen2", DECODER),
+    "qwen3": ("CausalLM", "Qwen3", HEADS),
+    "gemma": ("CausalLM", "Gemma", HEADS),
+    "gemma2": ("CausalLM", "Gemma2", HEADS | {"query_pre_attn_scalar": 16, "sliding_window": 8}),
+    "gemma3": ("CausalLM", "Gemma3Text", HEADS | {"query_pre_attn_scalar": 16, "sliding_window": 8}),
+    "phi": ("CausalLM", "Phi", SIZES),
+    "phi3": ("CausalLM", "Phi3", DECODER),
+    "glm": ("CausalLM", "Glm", HEADS),
+    "glm4": ("CausalLM", "Glm4", HEADS),
+    "falcon": ("CausalLM", "Falcon", OLD),
+    "falcon_new": ("CausalLM", "Falcon", OLD | {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "bloom": ("CausalLM", "Bloom", {"hidden_size": 64, "n_layer": 2, "n_head": 4}),
+    "gpt_neox": ("CausalLM", "GPTNeoX", SIZES),
+    "qwen2_moe": ("CausalLM", "Qwen2Moe", DECODER | EXPERTS | {"shared_expert_intermediate_size": 48}),
+    "qwen3_moe": ("CausalLM", "Qwen3Moe", HEADS | EXPERTS),
+    "bert_mlm": ("MaskedLM", "Bert", ENCODER),
+    "roberta": ("SequenceClassification", "Roberta", ENCODER),
+    "roberta_mlm": ("MaskedLM", "Roberta", ENCODER),
+    "llama_score": ("SequenceClassification", "Llama", DECODER | {"num_labels": 3}),
+    "t5_gated": ("Seq2SeqLM", "T5", T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+    "bart": ("Seq2SeqLM", "Bart", BART),
+}  # fmt: skip
+"""Task, configuration and its settings."""
 
 
 def make(family: str, **settings: object) -> nn.Module:
     """A dense model with random weights, the same ones every time."""
+    task, name, own = TINY[family]
     torch.manual_seed(0)
-    if family == "llama":
-        config = transformers.LlamaConfig(**COMMON, **DECODER, **settings)
-    elif family == "gpt2":
-        config = transformers.GPT2Config(**COMMON, n_embd=64, n_layer=2, n_head=4, n_positions=128, resid_pdrop=0.0,
-                                         embd_pdrop=0.0, attn_pdrop=0.0, **settings)  # fmt: skip
-    elif family == "opt":
-        config = transformers.OPTConfig(**COMMON, hidden_size=64, word_embed_proj_dim=64, ffn_dim=96,
-                                        num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128,
-                                        dropout=0.0, **settings)  # fmt: skip
-    elif family == "gpt_oss":
-        config = transformers.GptOssConfig(**COMMON, **DECODER, head_dim=16, num_local_experts=4,
-                                           num_experts_per_tok=2, **settings)  # fmt: skip
-    else:
-        config = transformers.MixtralConfig(**COMMON, **DECODER, num_local_experts=4, num_experts_per_tok=2, **settings)
-    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    config = getattr(transformers, f"{name}Config")(**{**COMMON, **own, **settings})
+    model = getattr(transformers, f"AutoModelFor{task}").from_config(config, attn_implementation="eager")
+    return model.eval()
+
+
+def task_of(model: nn.Module) -> str:
+    """CausalLM | MaskedLM | SequenceClassification | Seq2SeqLM."""
+    if model.config.is_encoder_decoder:
+        return "Seq2SeqLM"
+    name = type(getattr(model, "get_base_model", lambda: model)()).__name__
+    return next((task for task in ("SequenceClassification", "MaskedLM") if name.endswith(task)), "CausalLM")
 
 
 @functools.cache
@@ -56,7 +112,7 @@ def _frozen(family: str, quant: str, tied: bool | None) -> nn.Module:
     # Widths drawn at 0.02 make logits of 0.1; larger ones make differences visible.
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() > 1 and "gate.weight" not in name:
+            if parameter.dim() > 1 and "gate.weight" not in name and parameter.std() < 0.03:
                 parameter.mul_(4)
     freeze(model, QUANTS[quant](), inspect(model))
     return model
@@ -81,24 +137,43 @@ def dense_twin(family: str, quant: str = "dense", tied: bool | None = None) -> n
     return twin.eval()
 
 
-def config_for(registry: Registry, method: str, family: str, **settings: object):
-    """A method's settings for a family: the first of those below that it does not refuse.
+SETTINGS: dict[str, dict[str, Any]] = {"layers": {"layers": [0]}}
+"""What a method cannot do without, by method."""
+BASES: dict[str, tuple[str, ...]] = {}
+"""Storage formats that a method works on, where that is not every one."""
+REFUSED: dict[tuple[str, str], str] = {}
+"""What a family cannot carry, by method and family, and a part of the words that say so."""
+SMALLER = {"prefix_length": 3}
+"""Settings that make a method cheaper to try, where it has them."""
+ALTERNATIVES: tuple[dict[str, Any], ...] = ({}, {"targets": ["self_attn.*"]}, {"bias": "all"})
+"""A method may have no form for stacked experts, and nothing to train where there are no biases."""
 
-    A method may have no form for stacked experts, and nothing to train where there are no biases.
-    """
+
+def config_for(registry: Registry, method: str, family: str, **settings: object):
+    """A method's settings for a family: the first alternative that it does not refuse."""
     config_type = registry.type_of(method)
     known = {field.name for field in dataclasses.fields(config_type)}
+    smaller = {key: value for key, value in SMALLER.items() if key in known}
+    return config_type(
+        **{**smaller, **SETTINGS.get(method, {}), **_alternative(config_type, method, family), **settings}
+    )
+
+
+@functools.cache
+def _alternative(config_type: type, method: str, family: str) -> dict[str, Any]:
+    known = {field.name for field in dataclasses.fields(config_type)}
     refusal: ConfigError | None = None
-    for more in ({}, {"targets": ["self_attn.*"]}, {"bias": "all"}):
-        if not more.keys() <= known:
-            continue
-        config = config_type(**settings, **more)
-        try:
-            attach(frozen(family), config)
-        except ConfigError as error:
-            refusal = refusal or error
-        else:
-            return config
+    for more in ALTERNATIVES:
+        if more.keys() <= known:
+            try:
+                attach(
+                    frozen(family, BASES.get(method, ("dense",))[0]),
+                    config_type(**{**SETTINGS.get(method, {}), **more}),
+                )
+            except ConfigError as error:
+                refusal = refusal or error
+            else:
+                return more
     assert refusal is not None
     raise refusal
 
@@ -115,9 +190,25 @@ def ids(rows: int = 2, length: int = 11) -> Tensor:
     return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(2))
 
 
+def inputs(model: nn.Module) -> dict[str, Any]:
+    """What a model is fed, without labels."""
+    task = task_of(model)
+    fed: dict[str, Any] = {"input_ids": ids()}
+    if task == "Seq2SeqLM":
+        fed["decoder_input_ids"] = ids(length=7)
+    return fed if task in ("MaskedLM", "SequenceClassification") else fed | {"use_cache": False}
+
+
+def loss(model: nn.Module) -> Tensor:
+    """The model's own loss on what it is fed."""
+    kinds = {"Seq2SeqLM": ids(length=7).flip(1), "SequenceClassification": torch.tensor([0, 2])}
+    return model(**inputs(model), labels=kinds.get(task_of(model), ids())).loss
+
+
 @torch.no_grad()
 def logits(model: nn.Module) -> Tensor:
-    return model(ids(), use_cache=False).logits
+    """[B, S, V], or [B, labels] of a classifier."""
+    return model(**inputs(model)).logits
 
 
 def bits(tensor: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from adapters_models import FAMILIES, QUANTS, bits, dense_twin, frozen, ids, logits, lora, make
+from adapters_models import DECODERS as FAMILIES
+from adapters_models import bits, dense_twin, frozen, ids, logits, lora, make
 from torch import Tensor, nn
 
 from finetune.adapters.attach import attach
@@ -15,10 +16,12 @@ from finetune.adapters.lora import LoRAConfig
 from finetune.adapters.lora_layers import LoRAExperts, LoRALinear
 from finetune.errors import ConfigError
 from finetune.kernels.dropout import draw_kept, zero_dropped
-from finetune.quant.dense import DenseLinear
+from finetune.quant.dense import DenseConfig, DenseLinear
 from finetune.quant.freeze import freeze
 from finetune.quant.nf4 import NF4Config
 from finetune.structure import inspect
+
+QUANTS = {"dense": DenseConfig, "nf4": NF4Config}
 
 
 def loss(model: nn.Module) -> Tensor:

@@ -1,0 +1,120 @@
+"""The oracle of gradients: the same model and adapter in float64, over the weights that the base decodes to.
+
+A base that rounds activations (LLM.int8()) is given the codes and outliers that the float32 model met, so that no value
+falls on the other side of a rounding boundary; the gradient passes straight through.
+
+Shape suffixes: B leading dimensions, N rows (B flattened), O out features, I in features.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from finetune.kernels import int8
+from finetune.kernels.operand import Operand, register_format
+from finetune.quant.base import QUANTIZERS, FrozenWeight
+from finetune.quant.dense import DenseConfig, DenseLinear
+from finetune.quant.int8 import Int8Linear
+from finetune.structure import Projection, inspect
+
+
+class StraightThrough(DenseLinear):
+    """A dense layer that multiplies what it was given to meet, whatever comes, and passes gradients on as a dense one.
+
+    Attributes:
+        met: the rounded input [B, I]; None multiplies what comes.
+    """
+
+    met: Tensor | None = None
+
+    def forward(self, x_BI: Tensor) -> Tensor:
+        met = x_BI if self.met is None else x_BI + (self.met - x_BI).detach()
+        return super().forward(met)
+
+    def operand(self) -> Operand:
+        dense = super().operand()
+        return dense if self.met is None else dense._replace(tensors=[*dense.tensors, self.met], spec="met")
+
+
+def _product(x: Tensor, bias: Tensor | None, tensors: list[Tensor], settings: list[str], out: int) -> Tensor:
+    weight_OI, met_BI = tensors
+    # DoRA multiplies its factors by the base as well, which are no activations.
+    return nn.functional.linear(met_BI if met_BI.shape == x.shape else x, weight_OI, bias)
+
+
+register_format("met", _product, lambda grad, tensors, settings, features: grad @ tensors[0])
+
+
+def rounded(x_BI: Tensor, threshold: float) -> Tensor:
+    """What LLM.int8() makes of an input, in float64: codes times their scale, outlier columns as they are."""
+    rows = int8.quantize_rows(x_BI.flatten(0, -2), threshold)
+    met_NI = rows.codes_MI.double() * (rows.absmax_M.double() / int8.LEVELS)[:, None]
+    if rows.outlier_I is not None:
+        met_NI = torch.where(rows.outlier_I, x_BI.flatten(0, -2).double(), met_NI)
+    return met_NI.view(x_BI.shape)
+
+
+@contextmanager
+def meetings(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Within it the inputs that layers with rounded activations meet are kept, by the name of the projection.
+
+    An adapter may hand its base something else than it was handed itself: what the base meets counts.
+    """
+    found: dict[str, Tensor] = {}
+    handles = []
+    for p in inspect(model).projections:
+        module = model.get_submodule(p.name)
+        base = getattr(module, "base", module)
+        if isinstance(base, Int8Linear) and base.threshold > 0:
+
+            def keep(_module: nn.Module, args: tuple, name: str = p.name, layer: Int8Linear = base) -> None:
+                found[name] = rounded(args[0].detach(), layer.threshold)
+
+            handles += [each.register_forward_pre_hook(keep) for each in dict.fromkeys((module, base))]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def in_float64(model: nn.Module) -> nn.Module:
+    """The decoded model, dense and in float64."""
+    twin = copy.deepcopy(model)
+    for p in inspect(twin).projections:
+        module = twin.get_submodule(p.name)
+        if isinstance(module, FrozenWeight):
+            twin.set_submodule(p.name, _dense(module, p))
+    return twin.double()
+
+
+def _dense(module: nn.Module, p: Projection) -> nn.Module:
+    sizes, common = (module.out_features, module.in_features), {"dtype": torch.float64, "transposed": p.transposed}
+    if p.kind == "experts":
+        plain = QUANTIZERS.build(DenseConfig(), *sizes, experts=module.num_experts, **common)
+    else:
+        plain = StraightThrough(*sizes, bias=module.bias is not None, **common)
+        plain.bias = None if module.bias is None else nn.Parameter(module.bias.double(), requires_grad=False)
+    plain.store(module.dequantize(torch.float64))
+    return plain
+
+
+def widen(twin: nn.Module, trainable: dict[str, nn.Parameter]) -> None:
+    """Bring what an adapter has put into a float64 model to float64."""
+    for parameter in trainable.values():
+        parameter.data = parameter.data.double()
+    for module in twin.modules():  # what trains in copies computes in the dtype of what it stands for
+        if hasattr(module, "steps"):
+            module.dtype, module.steps = torch.float64, ()
+
+
+def meet(twin: nn.Module, met: dict[str, Tensor]) -> None:
+    """Hand the float64 model what the float32 one met."""
+    for name, x_BI in met.items():
+        module = twin.get_submodule(name)
+        getattr(module, "base", module).met = x_BI
