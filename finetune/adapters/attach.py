@@ -28,10 +28,14 @@ def attach(model: nn.Module, config: AdapterConfig, originals: Originals | None 
         ModelError: for a saved adapter that does not fit the model or cannot be read.
     """
     adapter: Adapter = ADAPTERS.build(config, model)
-    if config.path is not None:
-        adapter.load(Path(config.path))
-    else:
-        adapter.initialise(originals)
+    try:
+        if config.path is not None:
+            adapter.load(Path(config.path))
+        else:
+            adapter.initialise(originals)
+    except BaseException:
+        adapter.unmount()  # what is refused leaves no trace
+        raise
     return adapter
 
 
@@ -42,10 +46,9 @@ def check_path(config: AdapterConfig) -> None:
         ModelError: for a directory, settings or weights that are missing, unreadable or too new.
         ConfigError: for settings that contradict the saved adapter's.
     """
-    if config.path is None:
-        return
-    directory = Path(config.path)
-    peft_format.read_config(directory)
-    peft_format.check_header(directory)
-    config.check_saved(directory)
-    read_provenance(directory)
+    for start in config.starts():
+        directory = Path(start.path or "")
+        peft_format.read_config(directory)
+        peft_format.check_header(directory)
+        start.check_saved(directory)
+        read_provenance(directory)

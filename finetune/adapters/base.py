@@ -11,11 +11,11 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from finetune.adapters.mounting import Mounted
 from finetune.errors import ConfigError, nearest
 from finetune.quant.base import QuantConfig
 from finetune.registry import Registry
@@ -55,6 +55,10 @@ class AdapterConfig:
             raise ConfigError(
                 f"adapter.train_also is {self.train_also!r}: expected a list of module names, e.g. [lm_head]"
             )
+
+    def starts(self) -> list[AdapterConfig]:
+        """What starts from a saved adapter: itself where `path` is set; for a method made of others, those that do."""
+        return [] if self.path is None else [self]
 
     def check_saved(self, directory: Path) -> None:
         """What the method can say against the adapter in `directory` (that of `path`) before any model is loaded.

@@ -59,6 +59,8 @@ class DoRALinear(LoRALinear):
         squares_O: ||w||^2 of each row of the base, float32; derived, so it is not saved.
     """
 
+    over: ClassVar[bool] = False  # its norms are those of the stored weight
+
     squares_O: Tensor
 
     def __init__(self, base: FrozenLinear, *, rank: int, scaling: float, dropout: float) -> None:

@@ -7,7 +7,7 @@ At the start that cast gives back the stored bits. PEFT calls the same thing `mo
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -147,6 +147,12 @@ def _check_tied(structure: Structure, chosen: Sequence[str]) -> None:
             f"adapter.train_also names {given[0]}, whose weight is tied to {', '.join(others)}: name all, [{every}],"
             f" and they train as one tensor"
         )
+
+
+def renamed(trainable: Mapping[str, nn.Parameter], name: str, copy: FullCopy) -> dict[str, nn.Parameter]:
+    """An adapter's trained tensors by full name, with those of another copy in place of its own of a module."""
+    others = {key: parameter for key, parameter in trainable.items() if not key.startswith(f"{name}.")}
+    return others | {f"{name}.trained.{leaf}": parameter for leaf, parameter in copy.trains()}
 
 
 def build_copies(

@@ -72,6 +72,8 @@ class IA3Linear(AdaptedLinear):
         ia3_l: the vector, laid out as PEFT does: [O, 1], or [1, I] where it scales the input.
     """
 
+    over: ClassVar[bool] = True
+
     def __init__(self, base: FrozenLinear, feedforward: bool) -> None:
         super().__init__(base)
         self.feedforward = feedforward
@@ -90,9 +92,11 @@ class IA3Linear(AdaptedLinear):
 
     def merged(self) -> Iterator[tuple[str, Tensor]]:
         """The weight, and the bias where the output is scaled."""
-        yield from super().merged()
-        if self.bias is not None and not self.feedforward:
-            yield "bias", self.bias.float() * self.ia3_l.float().flatten()
+        changed = dict(super().merged())
+        bias = changed.get("bias", self.bias)
+        if bias is not None and not self.feedforward:
+            changed["bias"] = bias.float() * self.ia3_l.float().flatten()
+        yield from changed.items()
 
 
 class IA3Adapter(WeightAdapter):

@@ -91,6 +91,7 @@ class InputAdapter(Adapter):
     """
 
     config: InputConfig
+    copies: dict[str, FullCopy]
 
     def __init__(self, config: InputConfig, model: nn.Module) -> None:
         self.config, self.model = config, model

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,8 @@ class LoRALinear(AdaptedLinear):
         dropout: share of the input of A that is zeroed while training.
     """
 
+    over: ClassVar[bool] = True
+
     def __init__(self, base: FrozenLinear, *, rank: int, scaling: float, dropout: float) -> None:
         super().__init__(base)
         self.scaling = scaling
@@ -43,15 +45,30 @@ class LoRALinear(AdaptedLinear):
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         self.dropout = dropout
 
+    @property
+    def stored(self) -> FrozenLinear:
+        """The frozen weight that the product is added to."""
+        return self.base
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A_RI and B_OR as they multiply; a method that trains them in another form overrides this alone."""
+        return self.lora_A.weight, self.lora_B.weight
+
     def adapted(self, x_BI: Tensor) -> Tensor:
         """base(x) + s B A dropout(x), in the dtype of x."""
         dropout = self.dropout if self.training else 0.0
-        factors = self.lora_A.weight, self.lora_B.weight
-        return lora_linear(x_BI, self.base.bias, self.base.operand(), *factors, self.scaling, dropout=dropout)
+        factors = self.factors()
+        if not isinstance(self.base, FrozenLinear):  # another adapter: the fused product knows stored weights alone
+            a_RI, b_OR = (factor.to(x_BI.dtype) for factor in factors)
+            low_BR = F.linear(F.dropout(x_BI, dropout), a_RI) * self.scaling
+            y_BO: Tensor = self.base(x_BI)
+            return y_BO + F.linear(low_BR, b_OR)
+        return lora_linear(x_BI, self.base.bias, self.stored.operand(), *factors, self.scaling, dropout=dropout)
 
     def merge(self, weight: Tensor) -> Tensor:
         """w_OI + s B A, in float32."""
-        return weight + self.scaling * (self.lora_B.weight.float() @ self.lora_A.weight.float())
+        a_RI, b_OR = self.factors()
+        return weight + self.scaling * (b_OR.float() @ a_RI.float())
 
 
 class LoRAExperts(AdaptedExperts):
@@ -63,6 +80,8 @@ class LoRAExperts(AdaptedExperts):
         transposed: whether memory holds [E, I, O].
     """
 
+    over: ClassVar[bool] = True
+
     def __init__(self, base: FrozenExperts, *, transposed: bool, rank: int, scaling: float, dropout: float) -> None:
         super().__init__(base)
         self.rank, self.transposed, self.scaling = rank, transposed, scaling
@@ -70,6 +89,11 @@ class LoRAExperts(AdaptedExperts):
         self.lora_B = Factor(self.out_features, rank * self.num_experts)
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         self.dropout = nn.Dropout(dropout)
+
+    @property
+    def stored(self) -> FrozenExperts:
+        """The frozen stack that the products are added to."""
+        return self.base
 
     def factors(self, expert: int | Tensor) -> tuple[Tensor, Tensor]:
         """A_RI and B_OR of one expert."""
@@ -119,12 +143,12 @@ class LowRankWeight:
         """`product(x, W)` + s B A dropout(x), in the dtype of x."""
         a_RI, b_OR = self.experts.factors(self.expert)
         a_BR = F.linear(self.experts.dropout(x_BI), a_RI.to(x_BI.dtype)) * self.experts.scaling
-        return product(x_BI, self.experts.base[self.expert]) + F.linear(a_BR, b_OR.to(x_BI.dtype))  # type: ignore[index]
+        return product(x_BI, self.experts.stored[self.expert]) + F.linear(a_BR, b_OR.to(x_BI.dtype))  # type: ignore[index]
 
     def dense(self) -> Tensor:
         """The sum, in the layout and dtype of the base's weight."""
         a_RI, b_OR = self.experts.factors(self.expert)
-        base: Tensor = self.experts.base[self.expert]  # type: ignore[index]
+        base: Tensor = self.experts.stored[self.expert]  # type: ignore[index]
         delta_OI = self.experts.scaling * (b_OR @ a_RI)
         return base + (delta_OI.T if self.experts.transposed else delta_OI).to(base.dtype)
 

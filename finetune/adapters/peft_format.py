@@ -26,8 +26,17 @@ LISTED = 5
 """How many faulty keys a message lists."""
 
 
-def write(directory: Path, parameters: Mapping[str, nn.Parameter], config: Mapping[str, Any]) -> None:
-    """Write the two files. Tensors that several keys share are written once a key, as safetensors demands."""
+def write(
+    directory: Path,
+    parameters: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write the two files. Tensors that several keys share are written once a key, as safetensors demands.
+
+    Args:
+        metadata: kept in the header of the tensors' file, where PEFT takes no notice of it.
+    """
     from safetensors.torch import save
 
     seen: set[int] = set()
@@ -38,24 +47,36 @@ def write(directory: Path, parameters: Mapping[str, nn.Parameter], config: Mappi
         seen.add(id(parameter))
     directory.mkdir(parents=True, exist_ok=True)
     # Not save_file: it makes a file that its owner alone can read, whatever the umask.
-    (directory / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
+    (directory / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"} | dict(metadata or {})))
     (directory / CONFIG).write_text(json.dumps(dict(config), indent=2, sort_keys=True) + "\n", "utf-8")
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """adapter_config.json of a saved adapter.
+    """adapter_config.json of a saved adapter that has its weights beside it.
 
     Raises:
         ModelError: when the directory or the file is missing or unreadable, or the weights are a pickle.
+    """
+    config = read_settings(directory)
+    if "parts" in config and not (directory / WEIGHTS).exists():
+        raise ModelError(f"adapter {directory} is a stack: set adapter=stack, or adapter.path to one of its parts")
+    if not (directory / WEIGHTS).is_file():
+        pickled = f"; {PICKLE} is a pickle, which is never read: save it again with safe_serialization=True"
+        raise ModelError(f"adapter {directory} has no {WEIGHTS}{pickled if (directory / PICKLE).exists() else ''}")
+    return config
+
+
+def read_settings(directory: Path) -> dict[str, Any]:
+    """adapter_config.json of a saved adapter, whatever is beside it.
+
+    Raises:
+        ModelError: when the directory or the file is missing or unreadable.
     """
     if not directory.is_dir():
         raise ModelError(f"adapter {directory} is not a directory: expected one with {CONFIG} and {WEIGHTS}")
     path = directory / CONFIG
     if not path.is_file():
         raise ModelError(f"adapter {directory} has no {CONFIG}: expected what finetune or PEFT saves")
-    if not (directory / WEIGHTS).is_file():
-        pickled = f"; {PICKLE} is a pickle, which is never read: save it again with safe_serialization=True"
-        raise ModelError(f"adapter {directory} has no {WEIGHTS}{pickled if (directory / PICKLE).exists() else ''}")
     try:
         config = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -80,8 +101,11 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
         raise ModelError(f"{directory / WEIGHTS} cannot be read: {error}") from error
 
 
-def check_header(directory: Path) -> None:
+def check_header(directory: Path) -> dict[str, str]:
     """Read the names and shapes of the tensors and nothing else, so that a truncated file is found early.
+
+    Returns:
+        The metadata of the header.
 
     Raises:
         ModelError: when the file is truncated or corrupt.
@@ -90,7 +114,7 @@ def check_header(directory: Path) -> None:
 
     try:
         with safe_open(directory / WEIGHTS, "pt") as file:
-            file.keys()
+            return file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{directory / WEIGHTS} cannot be read: {error}") from error
 

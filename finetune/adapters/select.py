@@ -10,6 +10,7 @@ Shape suffixes: B leading dimensions, O out features, I in features.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,8 @@ class BiasLinear(WrappedLinear):
         trained_bias: the bias that takes the place of the base's.
     """
 
+    over: ClassVar[bool] = True
+
     def __init__(self, base: FrozenLinear) -> None:
         super().__init__(base)
         given = base.bias
@@ -39,8 +42,12 @@ class BiasLinear(WrappedLinear):
         return y_BO + learnt_O.to(y_BO.dtype)
 
     def merged(self) -> Iterator[tuple[str, Tensor]]:
-        """The bias alone: what stores the weight keeps its codes."""
-        yield "bias", self.trained_bias.detach().to(torch.float32, copy=True)
+        """The bias alone: what stores the weight keeps its codes, unless an adapter under this one changes it."""
+        changed = self.below()
+        learnt = self.trained_bias.detach().to(torch.float32, copy=True)
+        if "bias" in changed:
+            learnt += changed["bias"] if self.bias is None else changed["bias"] - self.bias.float()
+        yield from (changed | {"bias": learnt}).items()
 
 
 class SelectAdapter(WeightAdapter):

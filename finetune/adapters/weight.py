@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from finetune.adapters import peft_format
 from finetune.adapters.base import DTYPES, Adapter, AdapterConfig
-from finetune.adapters.full_copy import FullCopy, build_copies, trained_whole
-from finetune.adapters.mounting import Mounted, check_bare, place
+from finetune.adapters.full_copy import FullCopy, build_copies, renamed, trained_whole
+from finetune.adapters.mounting import Mounted, check_bare, lift, place
 from finetune.adapters.targets import ALL_LINEAR, check_embedding, check_targets, select
 from finetune.errors import ConfigError, ModelError
 from finetune.quant.base import FrozenExperts, FrozenLinear, FrozenWeight
@@ -60,6 +60,8 @@ class AdaptedWeight(Mounted, ABC):
         base: the frozen weight, in whatever storage format.
     """
 
+    under: ClassVar[bool] = True
+
     def __init__(self, base: FrozenWeight) -> None:
         super().__init__()
         self.base = base
@@ -72,7 +74,11 @@ class AdaptedWeight(Mounted, ABC):
 
     def merged(self) -> Iterator[tuple[str, Tensor]]:
         """What training has changed of the base, by its name there and in float32; nothing where it changed nothing."""
-        return iter(())
+        return iter(self.below().items())
+
+    def below(self) -> dict[str, Tensor]:
+        """The same of what another adapter has put under this one; empty where this one stands on the base itself."""
+        return dict(self.base.merged()) if isinstance(self.base, AdaptedWeight) else {}
 
 
 class FoldedWeight(AdaptedWeight):
@@ -83,8 +89,11 @@ class FoldedWeight(AdaptedWeight):
         """The weight (float32, as `base.dequantize` lays it out: w_OI, or a stack) with what was trained folded in."""
 
     def merged(self) -> Iterator[tuple[str, Tensor]]:
-        """The weight as `merge` gives it; a method that changes the bias as well adds it."""
-        yield "weight", self.merge(self.dequantize(torch.float32))
+        """The weight as `merge` gives it; a method that changes the bias as well changes that too."""
+        below = self.below()
+        weight = below.pop("weight", None)
+        yield "weight", self.merge(self.dequantize(torch.float32) if weight is None else weight)
+        yield from below.items()
 
 
 class WrappedLinear(AdaptedWeight):
@@ -150,6 +159,7 @@ class WeightAdapter(Adapter):
     """
 
     config: WeightConfig
+    copies: dict[str, FullCopy]
 
     def __init__(self, config: WeightConfig, model: nn.Module, plan: list[Projection] | None = None) -> None:
         self.config, self.model = config, model
@@ -172,7 +182,6 @@ class WeightAdapter(Adapter):
         self.copies |= {n: FullCopy(model.get_submodule(n), dtype, leaves) for n, leaves in parts.items()}
         self.adapted = {p.name: self._wrapped(p, dtype) for p in self.projections}
         self.adapted |= {name: self._trained(module, dtype) for name, module in self.further().items()}
-        self._bases = {name: model.get_submodule(name) for name in (*self.adapted, *self.copies)}
         self.mount()
         self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
@@ -247,11 +256,20 @@ class WeightAdapter(Adapter):
 
     def mount(self) -> None:
         """Put the adapted modules in the place of those they stand for."""
-        place(self.model, {**self.adapted, **self.copies})
+        place(self.model, self.places(), self.config.name)
 
     def unmount(self) -> None:
         """Put the base's modules back."""
-        place(self.model, self._bases)
+        lift(self.model, self.places())
+
+    def take_over(self, name: str, copy: FullCopy) -> None:
+        """Train another adapter's copy of a module in place of the own one."""
+        self.copies[name] = copy
+        self._trainable = renamed(self._trainable, name, copy)
+
+    def places(self) -> dict[str, Mounted]:
+        """Adapted projections and modules, and copies that train."""
+        return {**self.adapted, **self.copies}
 
     @property
     def mergeable(self) -> bool:
