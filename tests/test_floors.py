@@ -18,7 +18,7 @@ FLOORS = [
     {"config", "report", "samples"},
     {"offsite"},
     {"training", "export"},
-    {"evaluation"},
+    {"evaluation", "metrics"},
     {"model"},
     {"data"},
     {"adapters"},

@@ -35,6 +35,15 @@ class Group:
         summed: list[float] = total.tolist()
         return summed
 
+    def concatenate(self, values: list[float]) -> list[float]:
+        """The values of all processes behind one another, in float64; each may have another number of them."""
+        if self.world == 1:
+            return values
+        counts = self.sum([float(len(values)) if rank == self.rank else 0.0 for rank in range(self.world)])
+        starts = [int(sum(counts[:rank])) for rank in range(self.world + 1)]
+        mine = [0.0] * starts[self.rank] + values + [0.0] * (starts[-1] - starts[self.rank + 1])
+        return self.sum(mine)
+
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Add up the gradients over the processes, in float32 and in place; a missing one counts as zero."""
         if self.world == 1:

@@ -248,14 +248,17 @@ class _Loop:
             loss = self.held_out.loss(signals)
         if loss is None:
             return
+        metrics = self.held_out.metrics
         now.last_eval, now.evaluated_step = loss, now.step
         if now.step == 0:
-            now.first_eval = loss
+            now.first_eval, now.first_metrics = loss, metrics
         elif now.best_eval is None or loss < now.best_eval:
             now.best_eval, now.best_step, now.evals_without_best = loss, now.step, 0
+            now.best_metrics = metrics
         else:
             now.evals_without_best += 1
-        self._report({"step": now.step, "epoch": round(now.progress, 6), "eval_loss": loss}, progress)
+        line = {"step": now.step, "epoch": round(now.progress, 6), "eval_loss": loss}
+        self._report({**line, **{f"eval_{name}": value for name, value in metrics.items()}}, progress)
 
     def _stops_early(self) -> bool:
         patience = self.config.early_stopping
@@ -294,6 +297,8 @@ class _Loop:
             first_eval=now.first_eval,
             last_eval=now.last_eval,
             best_eval=now.best_eval,
+            first_metrics=now.first_metrics,
+            best_metrics=now.best_metrics,
             best_step=best,
             signal=signals.received,
             skipped_steps=now.skipped_steps,

@@ -58,13 +58,16 @@ def preflight(
     lines: list[str] = []
     failures: list[str] = []
     learnt = learnt_per_row(rows)
-    if not learnt.sum():
-        raise RunError(
-            f"preflight: no token of the {len(rows)} training rows is learnt: every label is masked, check the columns "
-            "and the chat template"
-        )
-    lines += _labels(rows, learnt, tokenizer)
-    lines += _end(rows, tokenizer, failures)
+    if rows.targets is not None:
+        lines += _targets(rows, tokenizer)
+    else:
+        if not learnt.sum():
+            raise RunError(
+                f"preflight: no token of the {len(rows)} training rows is learnt: every label is masked, check the "
+                "columns and the chat template"
+            )
+        lines += _labels(rows, learnt, tokenizer)
+        lines += _end(rows, tokenizer, failures)
     batch = _probe_batch(rows, learnt, pad_id).to(accelerator.device)
     with _untouched(adapter, accelerator.device):
         if packing:
@@ -90,6 +93,14 @@ def _labels(rows: TokenRows, learnt: np.ndarray, tokenizer: Any) -> list[str]:
     if len(pieces) > SHOWN:
         pieces = f"{pieces[: SHOWN // 2]} ... {pieces[-SHOWN // 2 :]}"
     return [f"{learnt.sum()} of {total} tokens are learnt ({share:.0f} %), e.g. what stands in brackets: {pieces}"]
+
+
+def _targets(rows: TokenRows, tokenizer: Any) -> list[str]:
+    """One row as the model reads it, and what is learnt of it."""
+    row = rows[0]
+    text = tokenizer.decode(row.input_ids.tolist()).replace("\n", "\\n")
+    shown = text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} ... {text[-SHOWN // 2 :]}"
+    return [f"a label is learnt of each of {len(rows)} rows, e.g. {row.target} of: {shown}"]
 
 
 def _spans(row: Row) -> Iterator[tuple[bool, list[int]]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ class LoopState:
         progress: epochs done, as a fraction.
         tokens: real tokens seen.
         loss_sum, loss_tokens: since the last log line.
-        first_eval, last_eval, best_eval: nats per token.
+        first_eval, last_eval, best_eval: held-out loss, in the objective's unit.
+        first_metrics, best_metrics: what was measured beside `first_eval` and `best_eval`.
         evaluated_step: step of `last_eval`; -1 for none.
         best_step: step of `best_eval`; -1 for none.
         evals_without_best: evaluations since `best_eval`.
@@ -45,6 +46,8 @@ class LoopState:
     first_eval: float | None = None
     last_eval: float | None = None
     best_eval: float | None = None
+    first_metrics: dict[str, float | None] = field(default_factory=dict)
+    best_metrics: dict[str, float | None] = field(default_factory=dict)
     evaluated_step: int = -1
     best_step: int = -1
     evals_without_best: int = 0

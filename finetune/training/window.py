@@ -103,7 +103,10 @@ class Plan:
 
 
 def learnt_per_row(rows: TokenRows) -> np.ndarray:
-    """int64 [rows]: labelled tokens of each row, without its first token, which nothing predicts."""
+    """int64 [rows]: what is learnt of each row: one where it has a target of its own, else its labelled tokens without
+    the first one, which nothing predicts."""
+    if rows.targets is not None:
+        return np.ones(len(rows), np.int64)
     flags = rows.labels != IGNORE
     starts, ends = rows.offsets[:-1], rows.offsets[1:]
     flags[starts[starts < ends]] = False
