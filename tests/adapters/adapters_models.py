@@ -1,7 +1,7 @@
 """Tiny models that differ where adapters care, and what every one of them is fed.
 
-The contract runs over `FAMILIES`: grouped queries, Conv1D with ties, biases, stacked experts, an encoder with a task head,
-an encoder and a decoder. `TINY` has many more; tables of families belong to tests, never to the product.
+The contract runs over `FAMILIES`: grouped queries, Conv1D with ties, biases, stacked experts, an encoder with a task
+head, an encoder and a decoder. `TINY` has many more; tables of families belong to tests, never to the product.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ VOCABULARY = 96
 DECODERS = ("llama", "gpt2", "opt", "mixtral")
 FAMILIES = (*DECODERS, "bert", "t5")
 QUANTS: dict[str, Callable[[], QuantConfig]] = {
-    "dense": DenseConfig, "nf4": NF4Config, "fp4": FP4Config, "int8": Int8Config, "int8g": Int8gConfig,
+    "dense": DenseConfig, "nf4": NF4Config, "fp4": FP4Config,
+    "int8": functools.partial(Int8Config, threshold=2.0),  # low, so that small models have outliers too
+    "int8g": Int8gConfig,
     "int4": functools.partial(Int4Config, group_size=32),
 }  # fmt: skip
 
