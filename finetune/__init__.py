@@ -19,6 +19,7 @@ from typing import Any
 _PUBLIC = {
     "load": "finetune.api",
     "attach": "finetune.api",
+    "Adapters": "finetune.api",
     "train": "finetune.api",
     "export": "finetune.api",
     "NF4Config": "finetune.quant.nf4",
@@ -36,6 +37,7 @@ _PUBLIC = {
     "BitFitConfig": "finetune.adapters.bitfit",
     "NormTuningConfig": "finetune.adapters.norm_tuning",
     "HoulsbyConfig": "finetune.adapters.houlsby",
+    "StackConfig": "finetune.adapters.stack",
     "PfeifferConfig": "finetune.adapters.pfeiffer",
     "DataConfig": "finetune.data.config",
     "Task": "finetune.model.task",

@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import nn
 
-from finetune.adapters.base import Adapter, AdapterConfig
+from finetune.adapters import several
+from finetune.adapters.base import Adapter, AdapterConfig, Originals
 from finetune.config import RunConfig
 from finetune.data.config import DataConfig
 from finetune.data.rows import TokenRows
@@ -83,16 +84,44 @@ def attach(model: Any, config: AdapterConfig) -> Adapter:
         UserError: for a pattern that matches nothing, a rank above the matrix, a saved adapter that does not fit.
     """
     from finetune.adapters.attach import attach as attach_adapter
-    from finetune.adapters.provenance import check_provenance
 
     known = _of(model)
-    if config.path is not None:
-        loaded, allow = known.loaded, config.allow_other_quant
-        for note in check_provenance(Path(config.path), loaded.digests, allow, quantization=loaded.storage):
-            print(note)
+    _check_origin(known.loaded, config)
     config.read_tokenizer(known.loaded.tokenizer)
     known.adapter = attach_adapter(model, config, known.loaded.originals)
     return known.adapter
+
+
+class Adapters(several.Adapters):
+    """The adapters of one model from `load`, by name; what is in use is what `train` saves and `export` merges.
+
+    A saved adapter that was trained on another base is refused, as by `attach`.
+    """
+
+    def attach(self, name: str, config: AdapterConfig) -> Adapter:
+        """As `finetune.adapters.several.Adapters.attach`."""
+        known = _of(self.model)
+        _check_origin(known.loaded, config)
+        config.read_tokenizer(known.loaded.tokenizer)
+        return super().attach(name, config)
+
+    def _originals(self) -> Originals | None:
+        return _of(self.model).loaded.originals  # type: ignore[no-any-return]
+
+    def _changed(self) -> None:
+        _of(self.model).adapter = self.adapter
+
+
+def _check_origin(loaded: Any, config: AdapterConfig) -> None:
+    """Compare what saved adapters were trained on with what is loaded; print what should be read."""
+    from finetune.adapters.provenance import check_provenance
+
+    notes: list[str] = []
+    for part in config.starts():
+        saved, allow = Path(part.path or ""), part.allow_other_quant
+        notes += check_provenance(saved, loaded.digests, allow, quantization=loaded.storage)
+    for note in dict.fromkeys(notes):
+        print(note)
 
 
 def train(

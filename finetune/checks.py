@@ -26,7 +26,7 @@ def check(config: RunConfig) -> None:
         UserError: for the first thing that cannot work.
     """
     check_files(config)
-    if config.resume is None and config.adapter.path is None:  # a saved adapter's shape is checked when it is read
+    if config.resume is None and not config.adapter.starts():  # a saved adapter's shape is checked when it is read
         check_fit(config)
 
 
@@ -71,9 +71,14 @@ def check_fit(config: RunConfig) -> None:
 
     from finetune.adapters.attach import attach
     from finetune.model.load import skeleton
+    from finetune.model.task_head import refuse_bidirectional
 
+    task = task_of(config)
+    model = skeleton(config.model, task)
+    if task.kind == "causal_lm":
+        refuse_bidirectional(model, f"model.path={config.model.path}")
     with torch.device("meta"):
-        adapter = attach(skeleton(config.model, task_of(config)), config.adapter)
+        adapter = attach(model, config.adapter)
     check_exports(config.export.formats, adapter)
     check_training(config, adapter)
 
@@ -104,10 +109,24 @@ def check_training(config: RunConfig, adapter: Adapter) -> int:
 
 
 def task_of(config: RunConfig) -> Task:
-    """What the base is opened for."""
-    from finetune.model.task import Task
+    """What the base is opened for; the labels of all rows are read for it, where it judges rows.
 
-    return Task(config.objective.task)
+    Raises:
+        UserError: where labels or the checkpoint's configuration cannot be read, or labels cannot be learnt.
+    """
+    from finetune.data.label_scan import check_targets, find_classes
+    from finetune.data.labels import Labelling
+    from finetune.model.load import stored_config
+    from finetune.model.task import Task, named_classes
+
+    kind = config.objective.task
+    names: tuple[str, ...] = ()
+    if kind == "classification":
+        names = named_classes(find_classes(config.data), stored_config(config.model))
+    task = Task(kind, names)
+    if task.judges_rows:
+        check_targets(config.data, Labelling(names))
+    return task
 
 
 def check_exports(names: Sequence[str], adapter: Adapter) -> None:

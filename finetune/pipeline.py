@@ -55,6 +55,17 @@ def run_job(config: RunConfig, tree: DictConfig, overrides: list[str]) -> Outcom
         return Runner(config, tree, accelerator, run).go()
 
 
+def improvement(result: Any, unit: str) -> str:
+    """What the training has changed of the held-out loss, and of what else was measured, in a line."""
+    fall = 1 - result.best_eval / result.first_eval
+    text = f"held-out loss {result.first_eval:.4f} -> {result.best_eval:.4f} {unit} ({fall:.1%} lower)"
+    for name, best in result.best_metrics.items():
+        first = result.first_metrics.get(name)
+        if first is not None and best is not None:
+            text += f", {name} {first:.4f} -> {best:.4f}"
+    return text
+
+
 def say(accelerator: Any, text: str) -> None:
     """Print on rank 0."""
     if accelerator.is_main_process:
@@ -78,6 +89,14 @@ def export_source(loaded: Any, adapter: Any, tokenizer: Any, dtype: str, config:
         calibration=calibration,
         pad_id=loaded.pad_id,
     )
+
+
+def labelling_of(loaded: Any) -> Any:
+    """How the labels of rows are learnt by a loaded model; None where it gives tokens."""
+    from finetune.data.labels import Labelling
+    from finetune.model.task_head import reads_segments
+
+    return Labelling(loaded.task.labels, reads_segments(loaded.model)) if loaded.task.judges_rows else None
 
 
 class Runner:
@@ -136,18 +155,17 @@ class Runner:
             self.accelerator,
             f"loading {config.model.path} ({config.quant.name}, {self.dtype} on {self.accelerator.device})",
         )
-        self.task = task_of(config)
+        task = task_of(config)
         torch.manual_seed(config.seed)  # a head that the checkpoint lacks is drawn while it loads
         device = str(self.accelerator.device)
-        self.loaded = load(config.model, config.quant, torch_dtype(self.dtype), device, self.task)
-        if config.adapter.path is not None:
-            allow = config.adapter.allow_other_quant
-            saved = Path(config.adapter.path)
+        self.loaded = load(config.model, config.quant, torch_dtype(self.dtype), device, task)
+        for part in config.adapter.starts():
+            saved, allow = Path(part.path or ""), part.allow_other_quant
             self.loaded.notes += check_provenance(saved, self.loaded.digests, allow, quantization=self.loaded.storage)
         torch.manual_seed(config.seed)
         start = self.run.path / "start"
         adapter = config.adapter
-        if self.run.resumed and adapter.path is None and start.is_dir():
+        if self.run.resumed and not adapter.starts() and start.is_dir():
             adapter = replace(adapter, path=str(start))
         adapter.read_tokenizer(self.loaded.tokenizer)
         self.adapter = attach(self.loaded.model, adapter, self.loaded.originals)
@@ -161,7 +179,7 @@ class Runner:
             self.accelerator,
             f"training {trained:,} adapter weights" + (f" beside {total:,} frozen ones" if total else ""),
         )
-        for note in [self.adapter.note] * bool(self.adapter.note) + self.loaded.notes:
+        for note in dict.fromkeys([self.adapter.note] * bool(self.adapter.note) + self.loaded.notes):
             self.run.note(note)
             say(self.accelerator, note)
         self.run.update(
@@ -178,9 +196,15 @@ class Runner:
         from finetune.data.prepare import prepare
         from finetune.model.digest import json_digest
 
-        context = check_training(self.config, self.adapter)
+        context, labelling = check_training(self.config, self.adapter), labelling_of(self.loaded)
         with self.accelerator.main_process_first():
-            self.data = prepare(self.config.data, self.loaded.tokenizer, context=context, seed=self.config.seed)
+            self.data = prepare(
+                self.config.data,
+                self.loaded.tokenizer,
+                context=context,
+                seed=self.config.seed,
+                labelling=labelling,
+            )
         if self.data.template:
             self.loaded.tokenizer.chat_template = self.data.template
             self.loaded.digests["chat_template"] = json_digest(self.data.template)
@@ -195,6 +219,7 @@ class Runner:
         tracking = self.config.tracking if self.accelerator.is_main_process else OffConfig()
         self.tracker = TRACKERS.build(tracking, self.run)
         self.objective = OBJECTIVES.build(self.config.objective, self.loaded.model)
+        self.run.update(loss_unit=getattr(self.objective, "unit", "nats per token"))
 
     def preflight(self) -> None:
         from finetune.training.preflight import preflight
@@ -247,16 +272,14 @@ class Runner:
             best_eval=result.best_eval,
             first_eval=result.first_eval,
             last_eval=result.last_eval,
+            first_metrics=result.first_metrics,
+            best_metrics=result.best_metrics,
             steps=result.steps,
             stopped=result.status,
             skipped_steps=result.skipped_steps,
         )
         if result.first_eval is not None and result.best_eval is not None:
-            fall = 1 - result.best_eval / result.first_eval
-            print(
-                f"held-out loss {result.first_eval:.4f} -> {result.best_eval:.4f} nats a token ({fall:.1%} lower)",
-                flush=True,
-            )
+            print(improvement(result, getattr(self.objective, "unit", "nats a token")), flush=True)
         report = write_report(self.run.path)
         failed = [proof.format for proof in proofs if not proof.passed]
         exit_code = ProofError.exit_code if failed else 0
@@ -273,16 +296,22 @@ class Runner:
         save_adapter(self.adapter, self.loaded, self.run.path / "adapter")
 
     def samples(self) -> list[list[str]]:
-        from finetune.samples import answer, write_samples
+        from finetune.samples import answer, verdicts, write_samples
 
         chosen = self.data.prompts[: self.config.train.samples]
         if not chosen:
             return []
-        prompts = [sample.prompt_ids for sample in chosen]
-        tokens = self.config.train.sample_tokens
+        model = self.loaded.model
+
+        def ask() -> list[str]:
+            if self.loaded.task.judges_rows:
+                return verdicts(model, [(sample.prompt_ids, sample.token_types) for sample in chosen])
+            prompts = [sample.prompt_ids for sample in chosen]
+            return answer(model, self.loaded.tokenizer, prompts, self.config.train.sample_tokens)
+
         with self.adapter.disabled():
-            before = answer(self.loaded.model, self.loaded.tokenizer, prompts, tokens)
-        after = answer(self.loaded.model, self.loaded.tokenizer, prompts, tokens)
+            before = ask()
+        after = ask()
         rows = [(s.prompt, s.reference, b, a) for s, b, a in zip(chosen, before, after, strict=True)]
         write_samples(self.run.path / "samples.md", rows)
         for prompt, reference, first, last in rows:

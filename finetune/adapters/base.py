@@ -109,6 +109,8 @@ class Adapter(ABC):
     model: nn.Module
     copies: Mapping[str, Any] = {}
     """Modules that train whole (`full_copy.FullCopy`), by their names in the model."""
+    members: Mapping[str, Adapter] = {}
+    """What an adapter is made of, by the names of their directories inside its own."""
 
     @abstractmethod
     def trainable(self) -> dict[str, nn.Parameter]:

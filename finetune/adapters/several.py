@@ -21,7 +21,7 @@ from typing import NamedTuple
 from torch import nn
 
 from finetune.adapters.attach import attach
-from finetune.adapters.base import Adapter, AdapterConfig
+from finetune.adapters.base import Adapter, AdapterConfig, Originals
 from finetune.adapters.combination import MODES, combined
 from finetune.adapters.lora import LoRAAdapter
 from finetune.adapters.mounting import check_bare
@@ -92,7 +92,7 @@ class Adapters(Mapping[str, Adapter]):
         """
         self._check_new(name)
         with self._bare():
-            return self._start(name, attach(self.model, config))
+            return self._start(name, attach(self.model, config, self._originals()))
 
     def use(self, *names: str) -> Adapter | None:
         """Use these adapters and no others: one, several as a stack (each over those before it), or none.
@@ -107,6 +107,7 @@ class Adapters(Mapping[str, Adapter]):
         if names != self._using:
             with self._bare():
                 self._mounted, self._using = self._together(chosen), names
+            self._changed()
         return self._mounted
 
     @contextmanager
@@ -156,14 +157,22 @@ class Adapters(Mapping[str, Adapter]):
 
     def _start(self, name: str, adapter: Adapter) -> Adapter:
         self._held[name], self._mounted, self._using = adapter, adapter, (name,)
+        self._changed()
         return adapter
+
+    def _originals(self) -> Originals | None:
+        """The base before it was quantized, for methods that start from it."""
+        return None
+
+    def _changed(self) -> None:
+        """Called whenever something else is in use."""
 
     def _together(self, chosen: Mapping[str, Adapter]) -> Adapter | None:
         """Mount adapters in the bare model."""
         if len(chosen) > 1:
             parts: dict[str, Adapter] = {}
             for name, adapter in chosen.items():
-                inner = adapter.parts.items() if isinstance(adapter, Stack) else [("", adapter)]
+                inner = adapter.members.items() if adapter.members else [("", adapter)]
                 parts |= {f"{name}-{label}" if label else name: part for label, part in inner}
             return Stack(StackConfig(parts=[part.config for part in parts.values()]), self.model, parts)
         for adapter in chosen.values():

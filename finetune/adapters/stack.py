@@ -53,14 +53,13 @@ class StackConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.configs()
+        self._configs = self._read()
 
     def configs(self) -> list[AdapterConfig]:
-        """The settings of each part.
+        """The settings of each part."""
+        return list(self._configs)
 
-        Raises:
-            ConfigError: for a part that is no method's settings.
-        """
+    def _read(self) -> list[AdapterConfig]:
         if isinstance(self.parts, str) or not isinstance(self.parts, Sequence) or not self.parts:
             raise ConfigError(
                 f"adapter.parts is {self.parts!r}: expected a list such as [{{name: lora}}, {{name: ia3}}]"
@@ -102,6 +101,11 @@ class StackConfig(AdapterConfig):
         """Those of the parts that start from a saved adapter."""
         return [config for config in self.by_label().values() if config.path is not None]
 
+    def read_tokenizer(self, tokenizer: Any) -> None:
+        """Whatever a part needs."""
+        for config in self._configs:
+            config.read_tokenizer(tokenizer)
+
     def check_base(self, quant: QuantConfig) -> None:
         """Whatever a part says."""
         for config in self.by_label().values():
@@ -133,7 +137,7 @@ class Stack(Adapter):
     def __init__(self, config: StackConfig, model: nn.Module, parts: Mapping[str, Adapter]) -> None:
         check_bare(model)
         check_parts(parts, inspect(model).task_head)
-        self.config, self.model, self.parts = config, model, dict(parts)
+        self.config, self.model, self.members = config, model, dict(parts)
         share_heads(parts, inspect(model).task_head)
         self.mount()
         self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -145,7 +149,7 @@ class Stack(Adapter):
     @property
     def note(self) -> str:
         """What the parts have to say."""
-        return "; ".join(part.note for part in self.parts.values() if part.note)
+        return "; ".join(part.note for part in self.members.values() if part.note)
 
     def initialise(self, originals: Originals | None = None) -> None:
         """Start each part: from its saved adapter, or as a fresh one."""
@@ -158,13 +162,18 @@ class Stack(Adapter):
     @property
     def keeps_start(self) -> bool:
         """Whether one of the parts does."""
-        return any(part.keeps_start for part in self.parts.values())
+        return any(part.keeps_start for part in self.members.values())
+
+    @property
+    def starts_as_base(self) -> bool:
+        """Whether all of the parts do."""
+        return all(part.starts_as_base for part in self.members.values())
 
     def learning_rate_scales(self) -> dict[str, float]:
         """Those of the parts, under the names that the tensors have in this stack."""
         names = {id(parameter): name for name, parameter in self._trainable.items()}
         scales: dict[str, float] = {}
-        for part in self.parts.values():
+        for part in self.members.values():
             tensors = part.trainable()
             scales |= {names[id(tensors[name])]: scale for name, scale in part.learning_rate_scales().items()}
         return scales
@@ -173,27 +182,27 @@ class Stack(Adapter):
     def disabled(self) -> Iterator[None]:
         """Within it no part changes anything."""
         with ExitStack() as within:
-            for part in self.parts.values():
+            for part in self.members.values():
                 within.enter_context(part.disabled())
             yield
 
     def mount(self) -> None:
         """Mount the parts, each over those before it."""
-        for level, part in enumerate(self.parts.values()):
+        for level, part in enumerate(self.members.values()):
             for module in part.places().values():
                 module.level = level
             part.mount()
 
     def unmount(self) -> None:
         """Unmount the parts, the outermost first."""
-        for part in reversed(self.parts.values()):
+        for part in reversed([*self.members.values()]):
             part.unmount()
 
     def _alone(self) -> Iterator[Adapter]:
         """Each part in turn, as the only one that is mounted."""
         self.unmount()
         try:
-            for part in self.parts.values():
+            for part in self.members.values():
                 part.mount()
                 try:
                     yield part
@@ -205,25 +214,25 @@ class Stack(Adapter):
     @property
     def virtual_tokens(self) -> int:
         """Those of the part that has some."""
-        return sum(part.virtual_tokens for part in self.parts.values())
+        return sum(part.virtual_tokens for part in self.members.values())
 
     def training_obstacle(self, *, gradient_checkpointing: bool, packing: bool) -> str:
         """The first that a part names."""
         found = (
             part.training_obstacle(gradient_checkpointing=gradient_checkpointing, packing=packing)
-            for part in self.parts.values()
+            for part in self.members.values()
         )
         return next((obstacle for obstacle in found if obstacle), "")
 
     @property
     def mergeable(self) -> bool:
         """Where every part merges."""
-        return all(part.mergeable for part in self.parts.values())
+        return all(part.mergeable for part in self.members.values())
 
     @property
     def obstacle(self) -> str:
         """Which parts do not merge, and why."""
-        found = [f"of its part {name}: {part.obstacle}" for name, part in self.parts.items() if not part.mergeable]
+        found = [f"of its part {name}: {part.obstacle}" for name, part in self.members.items() if not part.mergeable]
         return "; ".join(found)
 
     def merged(self) -> Iterator[tuple[str, Tensor]]:
@@ -234,7 +243,7 @@ class Stack(Adapter):
         """
         if not self.mergeable:
             raise ConfigError(f"adapter={METHOD} does not merge: {self.obstacle}")
-        parts = list(self.parts.values())
+        parts = list(self.members.values())
         for number, part in enumerate(parts):
             later = {name for other in parts[number + 1 :] for name in other.places()}
             for name, weight in part.merged():
@@ -246,9 +255,9 @@ class Stack(Adapter):
         """Write adapter_config.json and each part into a directory of its name."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        for label, part in zip(self.parts, self._alone(), strict=True):
+        for label, part in zip(self.members, self._alone(), strict=True):
             part.save(directory / label)
-        parts = [{"directory": label, "method": part.config.name} for label, part in self.parts.items()]
+        parts = [{"directory": label, "method": part.config.name} for label, part in self.members.items()]
         text = json.dumps({"finetune_method": METHOD, "parts": parts}, indent=2) + "\n"
         (directory / peft_format.CONFIG).write_text(text, "utf-8")
 
@@ -260,11 +269,11 @@ class Stack(Adapter):
         """
         directory = Path(directory)
         saved = saved_methods(directory)
-        mine = {label: part.config.name for label, part in self.parts.items()}
+        mine = {label: part.config.name for label, part in self.members.items()}
         if [*saved.items()] != [*mine.items()]:
             theirs, ours = ", ".join(saved.values()), ", ".join(mine.values())
             raise ModelError(f"adapter {directory} is a stack of {theirs}: expected {ours}")
-        for label, part in zip(self.parts, self._alone(), strict=True):
+        for label, part in zip(self.members, self._alone(), strict=True):
             part.load(directory / label)
 
 

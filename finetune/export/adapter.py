@@ -39,13 +39,18 @@ def save_adapter(adapter: Adapter, origin: Origin, directory: Path) -> None:
 
 
 def write_adapter(adapter: Adapter, origin: Origin, directory: Path) -> None:
-    """Fill an existing directory: the adapter's own files, its base's name, finetune.json and the tokenizer."""
+    """Fill an existing directory: the adapter's own files, its base's name, finetune.json and the tokenizer.
+
+    Each directory of a stack gets the first three, so that it can be used alone.
+    """
     adapter.save(directory)
-    path = directory / "adapter_config.json"
-    config = json.loads(path.read_text("utf-8"))
-    write_json(path, config | {"base_model_name_or_path": origin.base_path})
-    if origin.digests is not None:
-        write_provenance(
-            directory, origin.digests, method=adapter.config.name, base=origin.base_path, quantization=origin.storage
-        )
+    parts = {name: part.config.name for name, part in adapter.members.items()}
+    for name, method in {"": adapter.config.name, **parts}.items():
+        path = directory / name / "adapter_config.json"
+        config = json.loads(path.read_text("utf-8"))
+        write_json(path, config | {"base_model_name_or_path": origin.base_path})
+        if origin.digests is not None:
+            write_provenance(
+                path.parent, origin.digests, method=method, base=origin.base_path, quantization=origin.storage
+            )
     origin.tokenizer.save_pretrained(directory)
