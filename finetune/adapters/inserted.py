@@ -99,7 +99,7 @@ class InsertedAdapter(InputAdapter):
         embedding: Any = self.embedding()
         real_BSH = call["inputs_embeds"] if call.get("inputs_embeds") is not None else embedding(call["input_ids"])
         mask, positions_BS, types_BS = (call.get(k) for k in ("attention_mask", "position_ids", "token_type_ids"))
-        layout = self._lay(real_BSH, mask, positions_BS)
+        layout = self._lay(*real_BSH.shape[:2], mask, positions_BS)
         self._layout = layout
         virtual_LH = self.inserted().to(device=real_BSH.device, dtype=real_BSH.dtype)
         call |= {"input_ids": None, "inputs_embeds": layout.join(virtual_LH, real_BSH)}
@@ -111,16 +111,26 @@ class InsertedAdapter(InputAdapter):
             call["token_type_ids"] = layout.spread(types_BS)
         return call
 
-    def _lay(self, real_BSH: Tensor, mask: Tensor | None, positions_BS: Tensor | None) -> Layout:
-        """Rows are packed where positions restart and no mask of tokens says otherwise, as in transformers."""
-        batch, real = real_BSH.shape[:2]
+    def _lay(self, batch: int, real: int, mask: Tensor | None, positions: Tensor | None) -> Layout:
+        """Where the virtual positions of some rows stand.
+
+        Rows are packed where positions restart and no mask of tokens says otherwise, as in transformers. A row that is
+        padded on the left has them behind the padding, which counts in a sliding window; where nobody tells positions,
+        they are in front of it, as in PEFT.
+        """
         if mask is not None and mask.dim() != 2 and not self.structure.stacks[0].causal:
             raise ConfigError(f"adapter={self.config.name} takes no explicit mask where attention looks both ways")
-        if positions_BS is not None and positions_BS.dim() == 2 and (mask is None or mask.dim() == 4):
-            starts_BS = positions_BS.expand(batch, -1) == 0
-            if bool(starts_BS[:, 1:].any()):
-                return Between(self.virtual_tokens, torch.cat([torch.ones_like(starts_BS[:, :1]), starts_BS[:, 1:]], 1))
-        return Ahead(self.virtual_tokens, real)
+        if positions is None or positions.dim() != 2:
+            return Ahead(self.virtual_tokens, real)
+        if mask is not None and mask.dim() == 2:
+            if bool(mask[:, 0].all()):
+                return Ahead(self.virtual_tokens, real)
+            first_B1 = mask.ne(0).int().argmax(dim=1, keepdim=True)
+            return Between(self.virtual_tokens, torch.zeros_like(mask, dtype=torch.bool).scatter_(1, first_B1, True))
+        starts_BS = positions.expand(batch, -1) == 0
+        if not bool(starts_BS[:, 1:].any()):
+            return Ahead(self.virtual_tokens, real)
+        return Between(self.virtual_tokens, torch.cat([torch.ones_like(starts_BS[:, :1]), starts_BS[:, 1:]], dim=1))
 
     def _continued(self, call: dict[str, Any], seen: int) -> dict[str, Any]:
         """The cache holds the virtual positions: mask and positions are moved by as many."""
@@ -133,15 +143,14 @@ class InsertedAdapter(InputAdapter):
         elif positions is not None and positions.dim() == 2:
             told = int(positions.max()) + 1
         if told != real:
-            # transformers counts on a cache of as many positions as there are tokens wherever it cuts one off, or what
-            # it has read already from a prompt.
+            # Given a cache, transformers cuts off as many tokens of a prompt as the cache has positions.
             raise ConfigError(
                 f"the cache and the {tokens.shape[1]} tokens to read make {real} without the {self.virtual_tokens}"
                 f" virtual tokens of adapter={self.config.name}, but the call is about {told}: generate without"
-                " past_key_values of an earlier call, assistant_model and prompt_lookup_num_tokens"
+                " past_key_values of an earlier call"
             )
         if mask is not None:
-            call["attention_mask"] = Ahead(self.virtual_tokens, mask.shape[1]).mask(mask)
+            call["attention_mask"] = self._lay(*mask.shape, mask, positions).mask(mask)
         if positions is not None:
             call["position_ids"] = positions + self.virtual_tokens
         return call

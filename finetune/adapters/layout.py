@@ -1,7 +1,8 @@
 """Where virtual positions stand among real ones, and what becomes of everything that has a column for each.
 
-One row in a sequence: its virtual positions come first. Rows packed into one sequence: each has virtual positions of
-its own before its first token, so that it reads what it would read alone.
+One row in a sequence: its virtual positions come first, or right before its first token where it is padded on the left.
+Rows packed into one sequence: each has virtual positions of its own before its first token. So each reads what it would
+read alone.
 
 Shape suffixes: B sequences, S real columns, L virtual positions of a row, T all columns, H features.
 """
@@ -90,13 +91,14 @@ class Ahead(Layout):
 
 
 class Between(Layout):
-    """Virtual positions before each of the rows packed into a sequence.
+    """Virtual positions right before the first token of each row of a sequence.
 
-    Sequences with fewer rows than others are filled up at their end; what fills belongs to no row.
+    What is before the first row of a sequence stays there. Sequences with fewer rows than others are filled up at their
+    end; what fills belongs to no row.
 
     Args:
         length: virtual positions of each row.
-        starts_BS: True where a row begins; the first column of every sequence must be one.
+        starts_BS: True where a row begins.
     """
 
     def __init__(self, length: int, starts_BS: Tensor) -> None:
@@ -144,6 +146,8 @@ class Between(Layout):
 
     def mask(self, mask: Tensor) -> Tensor:
         """Of each row, every position sees its virtual ones."""
+        if mask.dim() == 2:
+            return (self.source_BT < self.length).to(mask.dtype).scatter_(1, self.real_BS, mask)
         return _widened(mask, self.source_BT, self.rows_BT, self.length)
 
 
