@@ -70,7 +70,7 @@ class LoRAConfig(WeightConfig):
     def check_saved(self, directory: Path) -> None:
         """Refuse another method, settings that we do not compute, and another rank, alpha or rslora than set here."""
         saved = self.read(directory)
-        default = LoRAConfig()
+        default = type(self)()
         for key in ("rank", "alpha", "rslora"):
             mine, theirs = getattr(self, key), getattr(saved, key)
             if mine not in (getattr(default, key), theirs):
