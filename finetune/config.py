@@ -18,9 +18,11 @@ from omegaconf.errors import OmegaConfBaseException
 from finetune.adapters.base import ADAPTERS, AdapterConfig
 from finetune.atomic import write_text
 from finetune.data.config import DataConfig
+from finetune.data.labels import for_labels, refuse_labels
 from finetune.errors import ConfigError, nearest
 from finetune.export.config import ExportConfig
 from finetune.model.config import ModelConfig
+from finetune.model.task import judges_rows
 from finetune.offsite.config import OffsiteConfig
 from finetune.quant.base import QUANTIZERS, QuantConfig
 from finetune.registry import Registry
@@ -88,6 +90,10 @@ class RunConfig:
             raise ConfigError(f"device is {self.device!r}: expected auto, cpu, cuda, cuda:N, mps or xpu")
         if self.resume is not None and self.output_dir is not None:
             raise ConfigError("resume and output_dir conflict: resume=DIR names the run directory already")
+        if judges_rows(self.objective.task):
+            for_labels(self.data, self.objective.name)
+        else:
+            refuse_labels(self.data)
 
 
 def register_schemas() -> None:

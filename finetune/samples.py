@@ -42,6 +42,33 @@ def answer(model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]], m
     return answers
 
 
+@torch.no_grad()
+def verdicts(model: nn.Module, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[str]:
+    """What a model that judges rows says of some: the likeliest class and its probability, or the number.
+
+    Args:
+        model: of transformers, with a head for sequence classification.
+        rows: token ids and, where the model reads them, token types.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    said = []
+    for ids, types in rows:
+        inputs = {"input_ids": torch.tensor([list(ids)], device=device)}
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        if types:
+            inputs["token_type_ids"] = torch.tensor([list(types)], device=device)
+        logits_C = model(**inputs).logits[0].float()
+        if len(logits_C) == 1:
+            said.append(f"{float(logits_C[0]):.4g}")
+            continue
+        share, number = logits_C.softmax(-1).max(-1)
+        said.append(f"{model.config.id2label[int(number)]} ({float(share):.0%})")  # type: ignore[union-attr, index]
+    model.train(was_training)
+    return said
+
+
 def write_samples(path: Path, rows: Sequence[tuple[str, str, str, str]]) -> None:
     """Write samples.md: for each (prompt, reference, before, after) a section with the three answers."""
     parts = ["# Held-out prompts, answered before and after", ""]

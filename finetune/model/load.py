@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from finetune.adapters.base import Originals
+    from finetune.model.headers import Header
     from finetune.model.loading import Loading
     from finetune.quant.base import QuantConfig
 
@@ -102,6 +103,8 @@ def load(model: ModelConfig, quant: QuantConfig, dtype: torch.dtype, device: str
         _agree_on_padding(config, tokenizer)
     loading = pretrained.Loading(settings, dtype, stored)
     names = {tensor.name for header in headers for tensor in header.tensors}
+    if task.judges_rows:
+        _check_head(pretrained.empty_model(config, model, task), task, directory, headers)
     with ThreadPoolExecutor(1) as pool:
         base = pool.submit(digest.base_digest, headers)
         loaded = pretrained.read_model(directory, config, model, loading, device, task, names)
@@ -124,6 +127,14 @@ def load(model: ModelConfig, quant: QuantConfig, dtype: torch.dtype, device: str
     loaded.config._name_or_path = base_path  # what PEFT's adapter_config.json will name, not a path in the hub's cache
     originals = _originals(loaded, directory, loading) if stored is None and loading.quant.name != "none" else None
     return Loaded(loaded, tokenizer, digests, base_path, quantization_config, notes, loading.quant, task, originals)
+
+
+def _check_head(empty: nn.Module, task: Task, directory: Path, headers: Sequence[Header]) -> None:
+    """Refuse a checkpoint with a head for other classes than the task's."""
+    from finetune.model.task_head import check_head
+
+    shapes = {tensor.name: tensor.shape for header in headers for tensor in header.tensors}
+    check_head(empty, task, shapes, read_json(directory / "config.json", ""), str(directory))
 
 
 def _pad_id(tokenizer: Any) -> int:
@@ -177,13 +188,29 @@ def skeleton(model: ModelConfig, task: Task = CAUSAL_LM) -> Any:
     """The model without its weights (on the meta device), from its configuration alone: seconds for any size.
 
     Raises:
-        ModelError: where the configuration cannot be read, or transformers has no such model for the task.
+        ModelError: where the configuration cannot be read, transformers has no such model for the task, or the
+            checkpoint has a head for other classes.
     """
     from finetune.model import pretrained
     from finetune.model.hub import fetch
 
-    config = task.configure(pretrained.read_config(fetch(model, weights=False), model))
-    return pretrained.empty_model(config, model, task)
+    directory = fetch(model, weights=False)
+    empty = pretrained.empty_model(task.configure(pretrained.read_config(directory, model)), model, task)
+    if task.judges_rows and local_directory(model) is not None:
+        _check_head(empty, task, directory, check_directory(directory))
+    return empty
+
+
+def stored_config(model: ModelConfig) -> dict[str, Any]:
+    """config.json of the checkpoint.
+
+    Raises:
+        ModelError: where it cannot be read.
+    """
+    from finetune.model.hub import fetch
+
+    directory = fetch(model, weights=False)
+    return read_json(directory / "config.json", f"{directory} is not a model: it has no config.json")
 
 
 def context_length(model: ModelConfig) -> int:
@@ -192,15 +219,13 @@ def context_length(model: ModelConfig) -> int:
     Raises:
         ModelError: where the configuration cannot be read.
     """
-    from finetune.model.hub import fetch
-
-    directory = fetch(model, weights=False)
-    raw = read_json(directory / "config.json", f"{directory} is not a model: it has no config.json")
+    raw = stored_config(model)
     said = [part.get(key) for part in (raw.get("text_config") or {}, raw) for key in POSITIONS]
     if not any(said):  # left to the defaults of its class: that takes transformers, and seconds
+        from finetune.model.hub import fetch
         from finetune.model.pretrained import read_config
 
-        config = read_config(directory, model).get_text_config()
+        config = read_config(fetch(model, weights=False), model).get_text_config()
         said = [getattr(config, key, None) for key in POSITIONS]
     return next((value for value in said if isinstance(value, int) and value > 0), USUAL_CONTEXT)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +60,7 @@ class Task:
     @property
     def judges_rows(self) -> bool:
         """Whether the model gives one answer a row, by a head of its own, in place of tokens."""
-        return self.kind in PROBLEMS
+        return judges_rows(self.kind)
 
     def auto_class(self) -> Any:
         """The class of transformers that opens a checkpoint for it."""
@@ -77,6 +78,34 @@ class Task:
         config.label2id = {name: number for number, name in enumerate(names)}
         config.problem_type = PROBLEMS[self.kind]
         return config
+
+
+def judges_rows(kind: str) -> bool:
+    """Whether a kind of task is about rows as a whole."""
+    return kind in PROBLEMS
+
+
+def named_classes(found: Sequence[str], config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The classes of some rows in the order of a checkpoint's own head, where the two agree; else as found.
+
+    They agree where the rows name exactly the classes that config.json names, or number them.
+
+    Args:
+        found: labels of the rows.
+        config: config.json of the checkpoint.
+    """
+    told = own_classes(config)
+    numbers = [str(number) for number in range(len(told))]
+    return told if sorted(found) in (sorted(told), sorted(numbers)) else tuple(found)
+
+
+def own_classes(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The classes that config.json names; none where it has only transformers' placeholders (`LABEL_0`)."""
+    told = config.get("id2label")
+    if not isinstance(told, dict) or not all(str(key).isdecimal() for key in told):
+        return ()
+    names = tuple(str(told[key]) for key in sorted(told, key=int))
+    return () if names == tuple(f"LABEL_{number}" for number in range(len(names))) else names
 
 
 CAUSAL_LM = Task()

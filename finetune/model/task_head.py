@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import nn
 
+from finetune.data.labels import listed
+from finetune.errors import ModelError
+from finetune.model.task import Task, own_classes
 from finetune.structure import inspect
 
 KINDS = ("missing_keys", "unexpected_keys")
@@ -39,6 +43,58 @@ def settle(model: nn.Module, report: dict[str, Any]) -> tuple[dict[str, Any], li
     left = list(dict.fromkeys(name for name in strangers.values() if name))
     others = [key for key, name in strangers.items() if not name]
     return {**report, "missing_keys": rest, "unexpected_keys": others}, new, left
+
+
+def check_head(
+    model: nn.Module, task: Task, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], where: str
+) -> None:
+    """Refuse a checkpoint whose head is for other classes than the rows have.
+
+    Args:
+        model: of the task, built for the rows' classes; may be on the meta device.
+        shapes: of the checkpoint's tensors, by name.
+        config: the checkpoint's config.json.
+        where: what the checkpoint is called.
+
+    Raises:
+        ModelError: naming both.
+    """
+    for module in inspect(model).task_head:
+        for leaf, parameter in model.get_submodule(module).named_parameters():
+            stored = shapes.get(f"{module}.{leaf}")
+            if stored is not None and stored != tuple(parameter.shape):
+                raise ModelError(_other_head(task, stored[0], config, where))
+            told = own_classes(config)
+            if stored is not None and task.labels and told and told != task.labels:
+                raise ModelError(_other_head(task, len(told), config, where))
+
+
+def _other_head(task: Task, outputs: int, config: Mapping[str, Any], where: str) -> str:
+    """Words for a head that is not the task's."""
+    names = own_classes(config)
+    theirs = f"{where} has a head of {outputs} outputs" + (f" ({listed(names)})" if names else "")
+    mine = f"{len(task.labels)} classes ({listed(task.labels)})" if task.labels else "one number a row"
+    return f"{theirs}, but data.train has {mine}: use rows with its labels, or a base without a head"
+
+
+def refuse_bidirectional(model: nn.Module, where: str) -> None:
+    """Refuse a language model whose positions see what follows them: it would learn to copy the next token.
+
+    Raises:
+        ModelError: saying what it can be trained for.
+    """
+    stacks = inspect(model).stacks
+    if stacks and not stacks[-1].causal:
+        raise ModelError(
+            f"{where} is an encoder, whose positions see what follows them, and no causal language model:"
+            " objective=classification or objective=regression trains it"
+        )
+
+
+def reads_segments(model: Any) -> bool:
+    """Whether a model tells the texts of a pair apart by `token_type_ids`, for which it has embeddings."""
+    takes = "token_type_ids" in signature(model.forward).parameters
+    return takes and int(getattr(model.config, "type_vocab_size", 0) or 0) > 1
 
 
 def shared_elsewhere(config: Any, stored: Collection[str]) -> dict[str, str]:

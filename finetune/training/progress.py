@@ -67,8 +67,8 @@ class Progress:
         """A line of metrics.jsonl."""
         if "eval_loss" in line:
             measured = {key.removeprefix("eval_"): value for key, value in line.items() if key.startswith("eval_")}
-            shown = "".join(f"  {key} {value:.4f}" for key, value in measured.items() if value is not None)
-            self.say(f"step {line['step']}/{self.total}  held-out{shown}")
+            shown = "  ".join(f"{key} {value:.4f}" for key, value in measured.items() if value is not None)
+            self.say(f"step {line['step']}/{self.total}  held-out {shown}")
             return
         loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
         text = (
