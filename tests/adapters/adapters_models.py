@@ -145,6 +145,8 @@ BASES: dict[str, tuple[str, ...]] = {}
 """Storage formats that a method works on, where that is not every one."""
 REFUSED: dict[tuple[str, str], str] = {}
 """What a family cannot carry, by method and family, and a part of the words that say so."""
+CANNOT_PACK = ("bloom",)
+"""Families whose attention tells rows apart neither by positions nor by a mask of queries and keys."""
 SMALLER = {"prefix_length": 3}
 """Settings that make a method cheaper to try, where it has them."""
 ALTERNATIVES: tuple[dict[str, Any], ...] = ({}, {"targets": ["self_attn.*"]}, {"bias": "all"})

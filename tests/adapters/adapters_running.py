@@ -88,9 +88,10 @@ def padded_equals_single(model: nn.Module) -> None:
         place = slice(-row.shape[1], None) if task == "CausalLM" else slice(row.shape[1])
         batch[i, place], mask[i, place] = row[0], 1
     with uncoupled(model), torch.no_grad():
-        if task == "SequenceClassification":
+        if task in ("SequenceClassification", "MaskedLM"):
             found = model(batch, attention_mask=mask).logits
-            wanted = torch.cat([model(row).logits for row in rows])
+            found = found if task == "SequenceClassification" else found[mask.bool()]
+            wanted = torch.cat([model(row).logits.flatten(0, -2) for row in rows])
         else:
             found = torch.stack(write(model, 6, inputs=batch, attention_mask=mask).logits, dim=1)
             wanted = torch.cat([torch.stack(write(model, 6, inputs=row).logits, dim=1) for row in rows])
