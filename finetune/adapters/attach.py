@@ -15,8 +15,8 @@ def attach(model: nn.Module, config: AdapterConfig, originals: Originals | None 
     """Freeze a model and attach an adapter to it in place; from then on the adapter alone trains.
 
     A fresh adapter leaves the model's outputs as they are, but for prompts and for what brings a quantized model nearer
-    to what it was before (QPiSSA, LoftQ). Its initial values are drawn from torch's global generator in module order, so
-    that a seed decides them.
+    to what it was before (QPiSSA, LoftQ). Its initial values are drawn from torch's global generator in module order,
+    so that a seed decides them.
 
     Args:
         model: a causal language model of transformers, its projections frozen in any storage format, or dense.

@@ -1,8 +1,8 @@
 """PiSSA: LoRA whose factors start as the principal part of the weight, in place of it.
 
-Meng et al. 2024 (arXiv:2404.02948), section 3: A and B hold the largest singular vectors of W, and the base what is left
-of it. On a quantized base (QPiSSA, section 4) what is left is stored anew, in `iterations` rounds of decomposing W - Q
-and quantizing W - s B A, so that Q + s B A is nearer to W than quantize(W) is: a residual base (residual.py).
+Meng et al. 2024 (arXiv:2404.02948), section 3: A and B hold the largest singular vectors of W, and the base what is
+left of it. On a quantized base (QPiSSA, section 4) what is left is stored anew, in `iterations` rounds of decomposing
+W - Q and quantizing W - s B A, so that Q + s B A is nearer to W than quantize(W) is: a residual base (residual.py).
 
 Without one (a dense base, `iterations: 0`, original weights that cannot be read) the base stays as it is, and the
 initial product is taken off in the forward pass: y = W x + s (B A - B_0 A_0) x. It is computed as
@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -49,14 +49,13 @@ class PiSSAConfig(ResidualConfig):
     alpha: float = 16.0
 
     def read(self, directory: Path) -> Saved:
-        """Refuse a plain LoRA, which does not say what it started from."""
+        """What a saved adapter says of the factors that train; a LoRA that does not say it is read as two halves."""
         config = peft_format.read_config(directory)
         if peft_format.method_of(config) != "LORA":
             return super().read(directory)
-        halves = peft_format.check_header(directory).get(HALVES)
+        path, halves = directory / peft_format.WEIGHTS, peft_format.check_header(directory).get(HALVES)
         if halves is None:
-            raise ModelError(f"adapter {directory} is a plain LoRA, without initial factors: set adapter=lora")
-        path = directory / peft_format.WEIGHTS
+            return halved(super().read(directory), directory)
         try:
             settings = json.loads(halves)
         except ValueError as error:
@@ -169,8 +168,8 @@ class PiSSAAdapter(ResidualAdapter):
         for a, b, module in self._reduced():
             trained = module.matrices(tensors[a], tensors[b])
             initial = module.matrices(module.initial_A, -module.initial_B)
-            both = (torch.cat(pair, dim=axis) for pair, axis in zip(zip(trained, initial, strict=True), (-2, -1)))
-            tensors[a], tensors[b] = module.laid_out(*both)
+            a_RI, b_OR = (torch.cat([t, i], dim=-2 + n) for n, (t, i) in enumerate(zip(trained, initial, strict=True)))
+            tensors[a], tensors[b] = module.laid_out(a_RI, b_OR)
         return tensors
 
     def from_file(self, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -187,6 +186,19 @@ class PiSSAAdapter(ResidualAdapter):
             module.keep(*(factor.to(like).contiguous() for factor in initial))
         return tensors
 
+    def load(self, directory: Path) -> None:
+        """Fill the factors, and take over the initial ones or the residual base, from a saved adapter.
+
+        Raises:
+            ModelError: for another method or other settings, and for tensors that are missing or do not fit.
+        """
+        super().load(directory)
+        if not self.residuals and HALVES not in peft_format.check_header(Path(directory)):
+            self._remark = (
+                f"adapter {directory} is a LoRA that does not say what it started from: its first half trains on, the"
+                f" second stays"
+            )
+
     def _keys(self) -> Iterator[tuple[str, str, Any]]:
         """The keys of A and B of each adapted weight, and what stands for it."""
         keys = {id(parameter): key for key, parameter in self.file_keys().items()}
@@ -196,6 +208,27 @@ class PiSSAAdapter(ResidualAdapter):
     def _reduced(self) -> list[tuple[str, str, Any]]:
         """Those with initial factors."""
         return [entry for entry in self._keys() if entry[2].initial_A is not None]
+
+
+def halved(saved: Saved, directory: Path) -> Saved:
+    """Half the rank at the same scaling.
+
+    Raises:
+        ModelError: for a rank that is odd.
+    """
+    odd = [rank for rank in (saved.rank, *saved.rank_pattern.values()) if rank % 2]
+    if odd:
+        raise ModelError(
+            f"adapter {directory} is a plain LoRA of rank {odd[0]}, without initial factors: set adapter=lora"
+        )
+    factor = math.sqrt(2) if saved.rslora else 2
+    return replace(
+        saved,
+        rank=saved.rank // 2,
+        alpha=saved.alpha / factor,
+        rank_pattern={name: rank // 2 for name, rank in saved.rank_pattern.items()},
+        alpha_pattern={name: alpha / factor for name, alpha in saved.alpha_pattern.items()},
+    )
 
 
 def doubled(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,8 +6,8 @@ was, for `disabled` and `unmount`, so adapted projections are then held twice.
 
 W is the weight before quantization where it can be read again (`Originals`), else what is stored.
 
-A residual base is part of the adapter. On disk residual.safetensors holds it beside the factors, and adapter_config.json
-has LoRA's settings without a `peft_type`: PEFT would put the factors on the wrong base.
+A residual base is part of the adapter. On disk residual.safetensors holds it beside the factors, and
+adapter_config.json has LoRA's settings without a `peft_type`: PEFT would put the factors on the wrong base.
 """
 
 from __future__ import annotations

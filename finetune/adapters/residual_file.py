@@ -78,7 +78,8 @@ def _filled(base: FrozenWeight, state: dict[str, Tensor], where: str) -> FrozenW
     except RuntimeError as error:
         reason = " ".join(str(error).partition(":")[2].split())
         raise ModelError(f"{where} does not fit the base, stored as {base.extra_repr()}: {reason}") from error
-    return residual.to(dtype=base.dtype) if hasattr(base, "dtype") else residual  # type: ignore[arg-type]
+    dtype: Any = getattr(base, "dtype", None)
+    return residual.to(dtype=dtype)
 
 
 def _digest(path: Path) -> str:
