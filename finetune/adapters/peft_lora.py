@@ -100,8 +100,15 @@ def read_saved(directory: Path, dora: bool = False) -> Saved:
     Raises:
         ModelError: when it is missing or broken, of another method, or asks for something we do not compute.
     """
-    config = peft_format.read_config(directory)
-    path = directory / peft_format.CONFIG
+    return parse_saved(peft_format.read_config(directory), directory / peft_format.CONFIG, dora)
+
+
+def parse_saved(config: dict[str, Any], path: Path, dora: bool = False) -> Saved:
+    """The settings of a LoRA, or of a DoRA, from the content of an adapter_config.json.
+
+    Raises:
+        ModelError: as `read_saved`, naming `path`.
+    """
     if peft_format.method_of(config) != "LORA":
         raise ModelError(f"{path} is of method {peft_format.method_of(config)}: expected LORA")
     if bool(config.get("use_dora")) != dora:
