@@ -9,7 +9,11 @@ from typing import TypeVar
 
 from finetune.adapters import peft_format
 from finetune.adapters.base import AdapterConfig
+from finetune.adapters.peft_lora import Saved, parse_saved
 from finetune.errors import ModelError, UserError
+
+METHOD = "finetune_method"
+"""Key of adapter_config.json that names our method, where PEFT has none."""
 
 Config = TypeVar("Config", bound=AdapterConfig)
 
@@ -35,3 +39,18 @@ def as_saved(config: Config, directory: Path, keys: Iterable[str]) -> Config:
         return replace(config, **own)
     except (UserError, TypeError) as error:
         raise ModelError(f"{path}: {error}") from error
+
+
+def read_as_lora(directory: Path, method: str, besides: Iterable[str] = ()) -> Saved:
+    """The settings of a method that has LoRA's but that PEFT does not compute.
+
+    Args:
+        besides: keys that it has over LoRA's.
+
+    Raises:
+        ModelError: when it is of another method, or its settings are missing or broken.
+    """
+    config = peft_format.read_config(directory)
+    peft_format.check_method(directory, config, {METHOD: method})
+    plain = {key: value for key, value in config.items() if key not in (METHOD, *besides)}
+    return parse_saved(plain | {"peft_type": "LORA"}, directory / peft_format.CONFIG)

@@ -24,16 +24,17 @@ from torch import Tensor
 from finetune.adapters import peft_format
 from finetune.adapters.base import Originals
 from finetune.adapters.lora import LoRAAdapter, LoRAConfig
-from finetune.adapters.peft_lora import Saved, parse_saved, read_saved
+from finetune.adapters.own_format import METHOD, read_as_lora
+from finetune.adapters.peft_lora import Saved, read_saved
 from finetune.adapters.residual_file import read_residuals, write_residuals
 from finetune.adapters.residual_layers import ResidualExperts, ResidualLinear, Weight
-from finetune.errors import ConfigError, ModelError
+from finetune.errors import ConfigError
 from finetune.quant.base import FrozenExperts, FrozenLinear, FrozenWeight
 from finetune.quant.dense import DenseExperts, DenseLinear
 from finetune.structure import Projection
 
-OWN = ("finetune_method", "residual")
-"""Keys of adapter_config.json where a residual base belongs to it, besides LoRA's."""
+RESIDUAL = "residual"
+"""Key of adapter_config.json that says which file holds the residual base."""
 
 
 @dataclass
@@ -62,14 +63,9 @@ class ResidualConfig(LoRAConfig):
 
     def read(self, directory: Path) -> Saved:
         """What a saved adapter says of itself, with a residual base or without."""
-        config = peft_format.read_config(directory)
-        if OWN[0] not in config:
+        if METHOD not in peft_format.read_config(directory):
             return read_saved(directory)
-        path = directory / peft_format.CONFIG
-        if config[OWN[0]] != self.name:
-            raise ModelError(f"{path} is of method {config[OWN[0]]}: expected {self.name}")
-        plain = {key: value for key, value in config.items() if key not in OWN}
-        return parse_saved(plain | {"peft_type": "LORA"}, path)
+        return read_as_lora(directory, self.name, besides=[RESIDUAL])
 
 
 class ResidualAdapter(LoRAAdapter):
@@ -162,7 +158,7 @@ class ResidualAdapter(LoRAAdapter):
         config = super().file_config()
         if self.residuals:
             del config["peft_type"]
-            config[OWN[0]] = self.config.name
+            config[METHOD] = self.config.name
         return config
 
     def file_tensors(self) -> dict[str, Tensor]:
@@ -179,7 +175,7 @@ class ResidualAdapter(LoRAAdapter):
         directory.mkdir(parents=True, exist_ok=True)
         config = self.file_config()
         if self.residuals:
-            config[OWN[1]] = write_residuals(directory, self.residuals)
+            config[RESIDUAL] = write_residuals(directory, self.residuals)
         peft_format.write(directory, self.file_tensors(), config, self.file_metadata())
 
     def load(self, directory: Path) -> None:
@@ -192,9 +188,9 @@ class ResidualAdapter(LoRAAdapter):
         saved = self.config.read(directory)
         self.check_settings(directory, saved.settings)
         config, found = peft_format.read_config(directory), {}
-        if OWN[0] in config:
+        if METHOD in config:
             bases = {name: module.base for name, module in self.adapted.items()}
-            found = read_residuals(directory, config.get(OWN[1]), bases)
+            found = read_residuals(directory, config.get(RESIDUAL), bases)
         self.fill(directory, self.from_file(saved.settings, peft_format.read_tensors(directory)))
         for name, residual in found.items():
             self.adapted[name].take(residual)

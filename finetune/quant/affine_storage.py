@@ -10,8 +10,8 @@ shape.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -145,6 +145,23 @@ class Affine(PackedWeight):
         kind: Any = QUANTIZERS.type_of(self.storage)
         symmetric = self.zeros == "none"
         return kind(group_size=self.group_size, symmetric=symmetric, zero_point="integer" if symmetric else self.zeros)
+
+    def shifted(self, shift_OG: Tensor) -> Self:
+        """A new module with these codes and scales whose weights are moved by one number a group, in real zero points.
+
+        QA-LoRA (Xu et al. 2023, arXiv:2309.14717), section 3.3: nothing is rounded but the zero points, to float32.
+
+        Args:
+            shift_OG: [.., O, G], experts first also where the stack is transposed.
+        """
+        scale_OG = self.scale.float()
+        if self.zero is None:
+            zero_OG = -(2 ** (self.bits - 1)) * scale_OG
+        else:
+            zero_OG = self.zero.float() if self.zeros == "real" else -self.zero.float() * scale_OG
+        moved = self.like(replace(self.settings(), symmetric=False, zero_point="real"))
+        moved.hold(Stored(self.weight, self.scale, zero_OG + shift_OG.detach().to(zero_OG)))
+        return moved
 
     def packed_state(self) -> dict[str, Tensor]:
         facts = {

@@ -59,6 +59,10 @@ class PackedWeight(FrozenWeight):
         """The settings of this module, which a checkpoint may have changed."""
 
     @abstractmethod
+    def like(self, settings: QuantConfig) -> Self:
+        """A module of the same shape, dtype and device, with the same bias, whose weight is still to be filled."""
+
+    @abstractmethod
     def packed_state(self) -> dict[str, Tensor]:
         """What is saved, by key, without the bias; stored tensors are shared, not copied."""
 
@@ -208,8 +212,11 @@ class PackedLinear(PackedWeight, FrozenLinear):
         return self.decode(dtype)
 
     def requantize(self, w_OI: Tensor) -> Self:
+        return self._requantized(w_OI, self.like(self.settings()))
+
+    def like(self, settings: QuantConfig) -> Self:
         empty = type(self)(
-            self.settings(),
+            settings,
             self.out_features,
             self.in_features,
             bias=self.bias is not None,
@@ -219,7 +226,7 @@ class PackedLinear(PackedWeight, FrozenLinear):
         )
         if self.bias is not None:
             empty.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=False)
-        return self._requantized(w_OI, empty)
+        return empty
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.storage}"
@@ -272,8 +279,11 @@ class PackedExperts(PackedWeight, FrozenExperts):
         return w_EOI.transpose(1, 2).contiguous() if self.transposed else w_EOI
 
     def requantize(self, w_EOI: Tensor) -> Self:
-        empty = type(self)(
-            self.settings(),
+        return self._requantized(w_EOI, self.like(self.settings()))
+
+    def like(self, settings: QuantConfig) -> Self:
+        return type(self)(
+            settings,
             self.out_features,
             self.in_features,
             experts=self.num_experts,
@@ -281,7 +291,6 @@ class PackedExperts(PackedWeight, FrozenExperts):
             device=next(self.parameters()).device,
             transposed=self.transposed,
         )
-        return self._requantized(w_EOI, empty)
 
     def _codes_layout(self, weight: Tensor) -> Tensor:
         return super()._codes_layout(weight.transpose(-1, -2) if self.transposed else weight)
