@@ -260,8 +260,17 @@ def offsite(arguments: list[str]) -> int:
     return split(job) if action == "split" else plug(job, config.adapter.path)
 
 
+def combine(arguments: list[str]) -> int:
+    """`finetune combine adapters=[A,B] weights=[0.7,0.3] output=DIR`: one LoRA that is the weighted sum of others."""
+    from finetune.combine import configured, run
+    from finetune.compose import parse
+
+    return run(configured({override.get_key_element(): override.value() for override in parse(arguments)}))
+
+
 VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (train, "fine-tune, merge, export and prove (the same as python train.py)"),
     "offsite": (offsite, "split a model into an emulator to ship; plug in what comes back"),
+    "combine": (combine, "one LoRA that is the weighted sum of saved ones, exact or at a smaller rank"),
     "doctor": (doctor, "versions, device and backends, ready to paste into a bug report"),
 }

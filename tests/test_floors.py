@@ -15,7 +15,7 @@ FLOORS = [
     {"cli", "api"},
     {"pipeline", "compose", "processes"},
     {"doctor", "checks"},
-    {"config", "report", "samples"},
+    {"config", "report", "samples", "combine"},
     {"offsite"},
     {"training", "export"},
     {"evaluation", "metrics"},

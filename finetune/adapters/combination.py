@@ -102,7 +102,10 @@ def combine(products: Sequence[Product], mode: str, rank: int, loss: Loss) -> Pr
     most = min(whole.a_ERI.shape[2], whole.b_EOR.shape[1])
     if mode == "sum":
         most = min(most, rank)
-    return refactored(whole, most, loss) if whole.rank > most else whole
+    if whole.rank > most:
+        return refactored(whole, most, loss)
+    loss.whole += float(((whole.b_EOR.mT @ whole.b_EOR) * (whole.a_ERI @ whole.a_ERI.mT)).sum())
+    return whole
 
 
 def check_combination(weights: Mapping[str, float], mode: str, rank: int | None) -> None:

@@ -24,14 +24,8 @@ def read_part(part: Any, where: str, shared: Mapping[str, Any]) -> AdapterConfig
     Raises:
         ConfigError: for anything but a mapping, an unknown method or key (all of these at once), a wrong value.
     """
-    if not isinstance(part, Mapping) or "name" not in part:
-        raise ConfigError(f"{where} is {part!r}: expected a mapping with a name, such as {{name: lora, rank: 8}}")
-    try:
-        kind = ADAPTERS.type_of(str(part["name"]))
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from error
-    known = [field.name for field in fields(kind)]
-    strays = [f"unknown key '{where}.{key}'{nearest(str(key), known)}" for key in part if key not in known]
+    kind = _kind(part, where)
+    strays = stray_keys(part, where)
     if strays:
         raise ConfigError("; ".join(strays))
     types = typing.get_type_hints(kind)
@@ -41,6 +35,28 @@ def read_part(part: Any, where: str, shared: Mapping[str, Any]) -> AdapterConfig
     try:
         return kind(**{**shared, **part})
     except UserError as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def stray_keys(part: Any, where: str) -> list[str]:
+    """A message for every key of a mapping that its method does not have; none for anything else than a mapping.
+
+    Raises:
+        ConfigError: for an unknown method.
+    """
+    if not isinstance(part, Mapping):
+        return []
+    known = [field.name for field in fields(_kind(part, where))]
+    return [f"unknown key '{where}.{key}'{nearest(str(key), known)}" for key in part if key not in known]
+
+
+def _kind(part: Any, where: str) -> type[AdapterConfig]:
+    """The config type of the method that a mapping names."""
+    if not isinstance(part, Mapping) or "name" not in part:
+        raise ConfigError(f"{where} is {part!r}: expected a mapping with a name, such as {{name: lora, rank: 8}}")
+    try:
+        return ADAPTERS.type_of(str(part["name"]))
+    except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
 
 

@@ -61,7 +61,7 @@ class Saved:
         alpha = peft_format.by_pattern(self.alpha_pattern, name, self.alpha)
         return int(rank), float(alpha)
 
-    def to_peft(self, base: str | None, fan_in_fan_out: bool, task_type: str) -> dict[str, Any]:
+    def to_peft(self, base: str | None, fan_in_fan_out: bool, task_type: str | None) -> dict[str, Any]:
         """The content of adapter_config.json.
 
         Args:

@@ -25,7 +25,7 @@ from finetune.adapters import peft_format
 from finetune.adapters.base import ADAPTERS, Adapter, AdapterConfig, Originals
 from finetune.adapters.full_copy import FullCopy
 from finetune.adapters.mounting import Mounted, check_bare
-from finetune.adapters.parts import labels, read_part
+from finetune.adapters.parts import labels, read_part, stray_keys
 from finetune.errors import ConfigError, ModelError
 from finetune.quant.base import QuantConfig
 from finetune.structure import inspect
@@ -64,7 +64,11 @@ class StackConfig(AdapterConfig):
             raise ConfigError(
                 f"adapter.parts is {self.parts!r}: expected a list such as [{{name: lora}}, {{name: ia3}}]"
             )
-        configs = [self._config(part, f"adapter.parts[{number}]") for number, part in enumerate(self.parts)]
+        named = {f"adapter.parts[{number}]": part for number, part in enumerate(self.parts)}
+        strays = [line for where, part in named.items() for line in stray_keys(part, where)]
+        if strays:
+            raise ConfigError("; ".join(strays))
+        configs = [self._config(part, where) for where, part in named.items()]
         if self.train_also:
             configs[0] = replace(configs[0], train_also=configs[0].train_also or self.train_also)
         return configs
