@@ -19,6 +19,9 @@ from finetune.errors import ConfigError, nearest
 from finetune.quant.base import FrozenExperts, FrozenLinear, FrozenWeight
 from finetune.structure import Structure
 
+USUAL_HEADS = ("classifier", "score")
+"""peft 0.21 `utils/constants.py`, `SEQ_CLS_HEAD_NAMES`, which it adds to `modules_to_save` itself."""
+
 
 class FullCopy(Mounted):
     """Stands for a module, computing with a trained copy of its weights.
@@ -135,6 +138,20 @@ def resolve_modules(model: nn.Module, structure: Structure, names: Sequence[str]
             )
     _check_tied(structure, chosen)
     return chosen
+
+
+def saved_whole(model: nn.Module, structure: Structure, names: Sequence[str]) -> list[str]:
+    """Dotted names of the modules that `modules_to_save` of a PEFT file means.
+
+    PEFT notes the usual names of heads with every classifier, whatever the head at hand is called.
+
+    Raises:
+        ConfigError: as `resolve_modules`.
+    """
+    there = [name for name, _ in model.named_modules()]
+    return resolve_modules(
+        model, structure, [n for n in names if n not in USUAL_HEADS or any(matches(n, name) for name in there)]
+    )
 
 
 def _check_tied(structure: Structure, chosen: Sequence[str]) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from finetune.adapters import peft_format
 from finetune.adapters.base import ADAPTERS
-from finetune.adapters.full_copy import resolve_modules
+from finetune.adapters.full_copy import saved_whole
 from finetune.adapters.peft_modules import read_saved, written
 from finetune.adapters.targets import ALL_LINEAR, matches
 from finetune.adapters.weight import AdaptedLinear, WeightAdapter, WeightConfig, choose, head_projection
@@ -196,7 +196,7 @@ def _saved(config: IA3Config, model: nn.Module, structure: Structure) -> tuple[I
             f"adapter {config.path} adapts {saved.target_modules}, of which this model has nothing:"
             f" have {', '.join(sorted({p.leaf for p in plain}))}"
         )
-    whole = resolve_modules(model, structure, saved.modules_to_save)
+    whole = saved_whole(model, structure, saved.modules_to_save)
     feedforward = {p.name for p in plan if saved.is_feedforward(p.name)}
     agreed = replace(config, targets=[p.name for p in plan] or AUTO, feedforward=sorted(feedforward), train_also=whole)
     return agreed, plan, feedforward

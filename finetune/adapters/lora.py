@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from finetune.adapters import peft_format
 from finetune.adapters.base import ADAPTERS
-from finetune.adapters.full_copy import resolve_modules
+from finetune.adapters.full_copy import resolve_modules, saved_whole
 from finetune.adapters.lora_embedding import LoRAEmbedding, check_lookup
 from finetune.adapters.lora_layers import LoRAExperts, LoRALinear, transposed_factors
 from finetune.adapters.peft_lora import Saved, read_saved, resolve_saved, without_base
@@ -263,7 +263,7 @@ def agreed(
         raise ConfigError(
             f"adapter.targets is {list(config.targets)}, but {where} adapts others ({leaves}): leave it out"
         )
-    whole = resolve_modules(model, structure, saved.modules_to_save)
+    whole = saved_whole(model, structure, saved.modules_to_save)
     if config.train_also and resolve_modules(model, structure, config.train_also) != whole:
         raise ConfigError(
             f"adapter.train_also is {config.train_also}, but {where} has {whole}: leave adapter.train_also out"

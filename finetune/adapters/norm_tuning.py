@@ -14,7 +14,7 @@ from torch import nn
 
 from finetune.adapters import peft_format
 from finetune.adapters.base import ADAPTERS
-from finetune.adapters.full_copy import resolve_modules
+from finetune.adapters.full_copy import saved_whole
 from finetune.adapters.peft_modules import read_saved, written
 from finetune.adapters.select import SelectAdapter
 from finetune.adapters.targets import matches
@@ -80,7 +80,7 @@ def build(config: NormTuningConfig, model: nn.Module) -> NormTuningAdapter:
         if others or not targets:
             reason = f"also adapts {others[0]}, which is no norm" if others else f"adapts {saved.target_modules}"
             raise ModelError(f"adapter {config.path} {reason}: expected norms, such as {', '.join([*found][-2:])}")
-        whole = resolve_modules(model, inspect(model), saved.modules_to_save)
+        whole = saved_whole(model, inspect(model), saved.modules_to_save)
         config = replace(config, targets=targets, train_also=whole)
     return NormTuningAdapter(config, model, [], _chosen(config, found))
 
