@@ -38,11 +38,13 @@ def check_files(config: RunConfig) -> None:
     """
     from finetune.adapters.attach import check_path as check_adapter
     from finetune.data.sources import check_sources
+    from finetune.export.config import AUTO
     from finetune.export.formats import chosen
     from finetune.model.load import check_path, context_length
     from finetune.training.run_directory import check_output
 
-    chosen(config.export.formats)
+    if config.export.formats != AUTO:
+        chosen(config.export.formats)
     check_device(config.device)
     if config.output_dir is not None and os.environ.get("RANK", "0") == "0":  # the others follow rank 0 into it
         check_output(config.output_dir)
@@ -129,24 +131,49 @@ def task_of(config: RunConfig) -> Task:
     return task
 
 
-def check_exports(names: Sequence[str], adapter: Adapter) -> None:
-    """Whether every format can be written of an adapter.
+def check_exports(names: str | Sequence[str], adapter: Adapter) -> None:
+    """Whether every format that was asked for can be written of an adapter; `auto` asks for what can.
 
     Raises:
         ConfigError: for the first that cannot, with those that can.
     """
+    from finetune.export.config import AUTO
     from finetune.export.formats import chosen, formats
 
-    def fault(form: Format) -> str:
-        if form.needs_merge and not adapter.mergeable:
-            return f"it cannot be merged, because {adapter.obstacle}"
-        return "PEFT has no such method" if form.loader == "peft" and not adapter.in_peft else ""
-
-    for form in chosen(names):
-        if reason := fault(form):
-            able = ", ".join(name for name, other in formats().items() if not fault(other))
+    for form in chosen([] if names == AUTO else names):
+        if reason := export_fault(form, adapter):
+            able = ", ".join(name for name, other in formats().items() if not export_fault(other, adapter))
             kept = "the run keeps the adapter itself in adapter/"
             raise ConfigError(
                 f"export.formats: {form.name} cannot be written of adapter={adapter.config.name}: {reason};"
-                f" set export.formats=[{able}] ({kept})"
+                f" set export.formats=[{able}] ({kept}), or export.formats=auto"
             )
+
+
+def export_formats(names: str | Sequence[str], adapter: Adapter) -> tuple[list[str], str]:
+    """The formats to write of an adapter, and a line on those that `auto` leaves out, with the reason; empty for none.
+
+    Raises:
+        ConfigError: as `check_exports`.
+    """
+    from finetune.export.config import AUTO
+    from finetune.export.formats import AUTOMATIC, chosen
+
+    check_exports(names, adapter)
+    if names != AUTO:
+        return list(names), ""
+    left_out: dict[str, list[str]] = {}
+    for form in chosen(AUTOMATIC):
+        left_out.setdefault(export_fault(form, adapter), []).append(form.name)
+    able = left_out.pop("", [])
+    reasons = "; ".join(f"{', '.join(forms)}: {reason}" for reason, forms in left_out.items())
+    return able, f"export.formats=auto leaves out {reasons}" if reasons else ""
+
+
+def export_fault(form: Format, adapter: Adapter) -> str:
+    """Why a format cannot be written of an adapter; empty where it can."""
+    if form.needs_merge and not adapter.mergeable:
+        return f"it cannot be merged, because {adapter.obstacle}"
+    if form.loader == "peft" and adapter.members:
+        return "PEFT opens one adapter at a time; adapter/ has a directory for each part"
+    return "PEFT has no such method" if form.loader == "peft" and not adapter.in_peft else ""

@@ -265,7 +265,11 @@ def combine(arguments: list[str]) -> int:
     from finetune.combine import configured, run
     from finetune.compose import parse
 
-    return run(configured({override.get_key_element(): override.value() for override in parse(arguments)}))
+    overrides = parse(arguments)
+    for override in overrides:
+        if override.is_sweep_override():
+            raise ConfigError(f"{override.input_line}: expected one value, or a list in brackets")
+    return run(configured({override.get_key_element(): override.value() for override in overrides}))
 
 
 VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {

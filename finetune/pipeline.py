@@ -88,6 +88,8 @@ def export_source(loaded: Any, adapter: Any, tokenizer: Any, dtype: str, config:
         storage=loaded.storage,
         calibration=calibration,
         pad_id=loaded.pad_id,
+        task=loaded.task,
+        key_mapping=loaded.key_mapping,
     )
 
 
@@ -145,7 +147,7 @@ class Runner:
 
         from finetune.adapters.attach import attach
         from finetune.adapters.provenance import check_provenance
-        from finetune.checks import check_exports, task_of
+        from finetune.checks import export_formats, task_of
         from finetune.export.directory import published
         from finetune.model.load import load
 
@@ -169,7 +171,8 @@ class Runner:
             adapter = replace(adapter, path=str(start))
         adapter.read_tokenizer(self.loaded.tokenizer)
         self.adapter = attach(self.loaded.model, adapter, self.loaded.originals)
-        check_exports(config.export.formats, self.adapter)  # once more: some methods know it only by what is stored
+        # Once more: some methods know only by what is stored what can be written of them.
+        self.formats, left_out = export_formats(config.export.formats, self.adapter)
         if self.adapter.keeps_start and adapter.path is None and self.run.writable:
             with published(start) as work:
                 self.adapter.save(work)
@@ -179,7 +182,7 @@ class Runner:
             self.accelerator,
             f"training {trained:,} adapter weights" + (f" beside {total:,} frozen ones" if total else ""),
         )
-        for note in dict.fromkeys([self.adapter.note] * bool(self.adapter.note) + self.loaded.notes):
+        for note in dict.fromkeys(filter(None, [self.adapter.note, *self.loaded.notes, left_out])):
             self.run.note(note)
             say(self.accelerator, note)
         self.run.update(
@@ -325,12 +328,13 @@ class Runner:
     def export(self) -> list[Any]:
         from finetune.export.export import export, proof_table
 
-        if not self.config.export.formats:
+        if not self.formats:
             return []
+        config = replace(self.config.export, formats=self.formats)
         source = export_source(
             self.loaded, self.adapter, self.loaded.tokenizer, self.dtype, self.config.export, self.data.train
         )
-        proofs = export(source, self.run.path / "export", self.config.export, self.data.eval, self.loaded.pad_id)
+        proofs = export(source, self.run.path / "export", config, self.data.eval, self.loaded.pad_id)
         print(proof_table(proofs), flush=True)
         return proofs
 

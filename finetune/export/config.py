@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
-from finetune.errors import ConfigError
+from finetune.errors import ConfigError, nearest
+
+AUTO = "auto"
 
 
 @dataclass
@@ -12,7 +15,7 @@ class ExportConfig:
     """The exports of a run.
 
     Attributes:
-        formats: of `safetensors`, `bnb-nf4`, `peft`; may be empty.
+        formats: of `safetensors`, `bnb-nf4`, `peft`; may be empty. `auto` writes all that the method can be written as.
         min_retained: least share of the improvement in held-out loss that an export must keep, in [0, 1].
         max_kl: most mean KL from the unmerged model, nats a token: the gate where the improvement is too small to
             divide by, and one more gate for formats that lose nothing but rounding.
@@ -20,7 +23,8 @@ class ExportConfig:
         rows: held-out rows that the proofs run on, at most.
     """
 
-    formats: list[str] = field(default_factory=list)
+    # OmegaConf has no type for "a word or a list of strings".
+    formats: Any = field(default_factory=list)
     min_retained: float = 0.97
     max_kl: float = 1e-2
     max_shard_gb: float = 4.0
@@ -32,5 +36,10 @@ class ExportConfig:
         for key in ("max_kl", "max_shard_gb", "rows"):
             if not getattr(self, key) > 0:
                 raise ConfigError(f"export.{key} is {getattr(self, key)}: expected more than 0")
-        if len(set(self.formats)) != len(self.formats):
+        names = isinstance(self.formats, list) and all(isinstance(name, str) for name in self.formats)
+        if self.formats != AUTO and not names:
+            word = self.formats if isinstance(self.formats, str) else ""
+            hint = nearest(word, [AUTO]) or (f"; did you mean [{word}]?" if word else "")
+            raise ConfigError(f"export.formats is {self.formats!r}: expected {AUTO} or a list of formats{hint}")
+        if names and len(set(self.formats)) != len(self.formats):
             raise ConfigError(f"export.formats names a format twice: {', '.join(self.formats)}")

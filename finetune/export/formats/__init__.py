@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from finetune.errors import ConfigError, nearest
 from finetune.export.base import Format
 
+AUTOMATIC = ("safetensors", "bnb-nf4", "peft")
+"""What `export.formats=auto` writes, as far as the adapter allows: merged in 16 bits, in 4, and the adapter alone."""
+
 
 def formats() -> dict[str, Format]:
     """Every format by its name, in alphabetical order."""
