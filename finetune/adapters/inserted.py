@@ -99,7 +99,7 @@ class InsertedAdapter(InputAdapter):
         embedding: Any = self.embedding()
         real_BSH = call["inputs_embeds"] if call.get("inputs_embeds") is not None else embedding(call["input_ids"])
         mask, positions_BS, types_BS = (call.get(k) for k in ("attention_mask", "position_ids", "token_type_ids"))
-        layout = self._lay(*real_BSH.shape[:2], mask, positions_BS)
+        layout = self._lay(real_BSH.shape[0], real_BSH.shape[1], mask, positions_BS)
         self._layout = layout
         virtual_LH = self.inserted().to(device=real_BSH.device, dtype=real_BSH.dtype)
         call |= {"input_ids": None, "inputs_embeds": layout.join(virtual_LH, real_BSH)}
@@ -150,7 +150,7 @@ class InsertedAdapter(InputAdapter):
                 " past_key_values of an earlier call"
             )
         if mask is not None:
-            call["attention_mask"] = self._lay(*mask.shape, mask, positions).mask(mask)
+            call["attention_mask"] = self._lay(mask.shape[0], mask.shape[1], mask, positions).mask(mask)
         if positions is not None:
             call["position_ids"] = positions + self.virtual_tokens
         return call

@@ -34,8 +34,9 @@ if __name__ == "__main__":
     sys.meta_path.insert(0, _Refuse())
 
 import torch  # noqa: E402  nothing may be imported before the refusal stands
+import transformers  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig  # noqa: E402
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig  # noqa: E402
 
 LOADERS: dict[str, Any] = {}
 
@@ -56,10 +57,16 @@ def options(request: dict[str, Any]) -> dict[str, Any]:
     return chosen | ({"trust_remote_code": True} if request.get("trust_remote_code") else {})
 
 
-@loader("causal_lm")
-def load_causal_lm(request: dict[str, Any], path: str) -> Any:
-    """A checkpoint directory, as `AutoModelForCausalLM` opens it."""
-    found: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options(request))
+def plain(head: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a head as transformers takes them: JSON has made texts of the numbers of its classes."""
+    return head | ({"id2label": {int(key): name for key, name in head["id2label"].items()}} if head else {})
+
+
+@loader("checkpoint")
+def load_checkpoint(request: dict[str, Any], path: str) -> Any:
+    """A checkpoint directory, as `AutoModelForCausalLM`, or what else the task asks for, opens it."""
+    auto = getattr(transformers, request["auto_class"])
+    found: Any = auto.from_pretrained(path, output_loading_info=True, **options(request))
     model, info = found
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(kind):
@@ -76,10 +83,16 @@ def load_peft(request: dict[str, Any], path: str) -> Any:
         raise SystemExit(f"{error}: pip install 'finetune-kit[export]', then prove it again") from error
 
     chosen = options(request)
-    stored = AutoConfig.from_pretrained(request["base"], trust_remote_code=bool(request.get("trust_remote_code")))
+    own_code = bool(request.get("trust_remote_code"))
+    stored = AutoConfig.from_pretrained(request["base"], trust_remote_code=own_code, **plain(request["head"]))
+    if request["head"]:
+        chosen["config"] = stored
+    if request.get("key_mapping"):
+        chosen["key_mapping"] = request["key_mapping"]
     if request.get("base_quantization") and getattr(stored, "quantization_config", None) is None:
         chosen["quantization_config"] = BitsAndBytesConfig.from_dict(request["base_quantization"])
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(request["base"], **chosen), path)
+    auto = getattr(transformers, request["auto_class"])
+    model = PeftModel.from_pretrained(auto.from_pretrained(request["base"], **chosen), path)
     # PEFT only warns where a key of the file fits nothing, and the adapter then changes nothing.
     placed = get_peft_model_state_dict(model, save_embedding_layers=False)
     lost = sorted(set(load_file(Path(path) / "adapter_model.safetensors")) - set(placed))
@@ -113,7 +126,14 @@ def batches(rows: dict[str, torch.Tensor], plan: list[list[int]], pad_id: int) -
             ids_BS[line, :length] = rows["input_ids"][cut]
             labels_BS[line, :length] = rows["labels"][cut]
             mask_BS[line, :length] = 1
-        yield {"input_ids": ids_BS, "labels": labels_BS, "attention_mask": mask_BS}
+        batch = {"input_ids": ids_BS, "labels": labels_BS, "attention_mask": mask_BS}
+        if "targets" in rows:
+            batch["targets"] = rows["targets"][chosen]
+        if "token_types" in rows:
+            batch["token_type_ids"] = torch.zeros_like(ids_BS)
+            for line, cut in enumerate(cuts):
+                batch["token_type_ids"][line, : cut.stop - cut.start] = rows["token_types"][cut]
+        yield batch
 
 
 @torch.no_grad()
@@ -122,17 +142,34 @@ def observe(model: Any, request: dict[str, Any], answer: Path) -> None:
     seen, stride = 0, request["stride"]
     for number, batch in enumerate(batches(load_file(request["rows"]), request["plan"], request["pad_id"])):
         labels_BS = batch.pop("labels")
+        if "targets" in batch:
+            save_file(judged(model, batch, request), answer / f"batch-{number:05d}.safetensors")
+            continue
         targets_BS = torch.full_like(labels_BS, IGNORE)
         targets_BS[:, :-1] = labels_BS[:, 1:]
         learnt_BS = targets_BS != IGNORE
         moved = {name: tensor.to(request["device"]) for name, tensor in batch.items()}
-        logits_PV = model(**moved, use_cache=False).logits[learnt_BS.to(request["device"])].float().cpu()
+        # PEFT gives logits for virtual tokens as well, before those of the text.
+        logits_BSV = model(**moved, use_cache=False).logits[:, -labels_BS.shape[1] :]
+        logits_PV = logits_BSV[learnt_BS.to(request["device"])].float().cpu()
         targets_P = targets_BS[learnt_BS]
         losses_P = torch.nn.functional.cross_entropy(logits_PV, targets_P, reduction="none")
         kept = (torch.arange(seen, seen + len(targets_P)) % stride) == 0
         log_probs_PV = torch.log_softmax(logits_PV[kept], -1)
         save_file({"losses": losses_P, "log_probs": log_probs_PV}, answer / f"batch-{number:05d}.safetensors")
         seen += len(targets_P)
+
+
+@torch.no_grad()
+def judged(model: Any, batch: dict[str, torch.Tensor], request: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Losses of rows that are judged as a whole; log-probabilities of their classes, or the numbers given to them."""
+    targets_B = batch.pop("targets")
+    moved = {name: tensor.to(request["device"]) for name, tensor in batch.items()}
+    logits_BC = model(**moved).logits.float().cpu()
+    if targets_B.is_floating_point():
+        return {"losses": (logits_BC[:, 0] - targets_B) ** 2, "log_probs": logits_BC}
+    log_probs_BC = torch.log_softmax(logits_BC, -1)
+    return {"losses": -log_probs_BC.gather(1, targets_B[:, None])[:, 0], "log_probs": log_probs_BC}
 
 
 def tokenizer_facts(path: str, request: dict[str, Any]) -> dict[str, Any]:
@@ -177,11 +214,14 @@ def main(path: str) -> None:
     if request["widen"]:
         widen(model)
     observe(model, request, answer)
-    generation = getattr(model, "generation_config", None)
-    facts |= {
-        "continuation": generate(model, request),
-        "generation_eos": getattr(generation, "eos_token_id", None),
-    }
+    if request["head"]:
+        facts["classes"] = list(model.config.id2label.values())
+    else:
+        generation = getattr(model, "generation_config", None)
+        facts |= {
+            "continuation": generate(model, request),
+            "generation_eos": getattr(generation, "eos_token_id", None),
+        }
     loaded = [name for name in sys.modules if name.partition(".")[0] == FORBIDDEN]
     if loaded:
         raise SystemExit(f"{FORBIDDEN} was imported in its own proof: {loaded[:3]}")
