@@ -30,18 +30,17 @@ from finetune.structure.inspect import inspect
 
 STREAM = "the residual stream"
 TOKENS = 4
-PRODUCTS: dict[Callable[..., Any], tuple[tuple[int, str], ...]] = {
-    torch.matmul: ((1, "other"),),
-    Tensor.matmul: ((1, "other"),),
-    Tensor.__matmul__: ((1, "other"),),
-    torch.bmm: ((1, "mat2"),),
-    Tensor.bmm: ((1, "mat2"),),
-    torch.baddbmm: ((2, "batch2"),),
-    Tensor.baddbmm: ((2, "batch2"),),
-    torch.einsum: ((2, "operands"),),
-    F.scaled_dot_product_attention: ((1, "key"), (2, "value")),
+PRODUCTS: dict[Callable[..., Any], tuple[tuple[int, str], tuple[int, str]]] = {
+    torch.matmul: ((0, "input"), (1, "other")),
+    Tensor.matmul: ((0, "self"), (1, "other")),
+    Tensor.__matmul__: ((0, "self"), (1, "other")),
+    torch.bmm: ((0, "input"), (1, "mat2")),
+    Tensor.bmm: ((0, "self"), (1, "mat2")),
+    torch.baddbmm: ((1, "batch1"), (2, "batch2")),
+    Tensor.baddbmm: ((1, "batch1"), (2, "batch2")),
+    torch.einsum: ((1, "operands"), (2, "operands")),
 }
-"""Products of two activations, with the place and name of the arguments that are multiplied from the right."""
+"""Products of two activations, with the places and names of their left and right sides."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +53,17 @@ class Flow:
         feedforward_output: the last projection of a feed-forward, before the residual; its input is the intermediate
             activation. Stacked experts count where one of their two projections widens from the hidden size.
         feedforward_input: by the name of such an output, the projections that its branch begins with; none for experts.
+        query, key, value: what computes the left side of scores, their right side, and what the weights are multiplied
+            with. One projection may be all three.
     """
 
     key_value: tuple[str, ...]
     attention_output: tuple[str, ...]
     feedforward_output: tuple[str, ...]
     feedforward_input: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    query: tuple[str, ...] = ()
+    key: tuple[str, ...] = ()
+    value: tuple[str, ...] = ()
 
 
 def trace(model: nn.Module) -> Flow | None:
@@ -84,7 +88,8 @@ def trace(model: nn.Module) -> Flow | None:
     right, attention, feedforward = (sorted(names, key=order.index) for names in (marks.right, attention, feedforward))
     begins = {end: [name for name in order if name in marks.read.get(end, ())] for end in feedforward}
     beginnings = {end: tuple(n for n in names if STREAM in marks.read.get(n, ())) for end, names in begins.items()}
-    return Flow(tuple(right), tuple(attention), tuple(feedforward), beginnings)
+    sides = (tuple(sorted(names, key=order.index)) for names in (marks.query, marks.key, marks.value))
+    return Flow(tuple(right), tuple(attention), tuple(feedforward), beginnings, *sides)
 
 
 def twin_of(model: nn.Module, attention: str = "eager") -> nn.Module:
@@ -110,14 +115,22 @@ class _Marks(TorchFunctionMode):
 
     Attributes:
         read: for each projection, the names that its input was computed from.
-        right: projections that feed the right side of a product of two activations.
+        query, key, value: projections that feed products of two activations: scores from the left and from the right,
+            and what is multiplied by something that scores are in from the right.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.read: dict[str, set[str]] = {}
-        self.right: set[str] = set()
+        self.query: set[str] = set()
+        self.key: set[str] = set()
+        self.value: set[str] = set()
         self._starts: dict[int, tuple[Tensor, str]] = {}
+
+    @property
+    def right(self) -> set[str]:
+        """Projections that feed the right side of a product of two activations."""
+        return self.key | self.value
 
     def begin(self, output: Any, name: str) -> Any:
         """The output as a new beginning of the graph."""
@@ -145,12 +158,29 @@ class _Marks(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        for place, key in PRODUCTS.get(func, ()):
-            right = args[place] if len(args) > place else kwargs.get(key)
-            left = next((a for a in args[:place] if isinstance(a, Tensor) and a.grad_fn is not None), None)
-            if left is not None:
-                self.right |= self.sources(right) - {STREAM}
+        if func is F.scaled_dot_product_attention:
+            query, key, value = (_argument(args, kwargs, *side) for side in enumerate(("query", "key", "value")))
+            self._multiplied(query, key)
+            self.value |= self.sources(value) - {STREAM}
+        elif func in PRODUCTS:
+            self._multiplied(*(_argument(args, kwargs, *side) for side in PRODUCTS[func]))
         return func(*args, **kwargs)
+
+    def _multiplied(self, left: Any, right: Any) -> None:
+        """Note a product of two activations: of weights and values where the left side has met a key, else scores."""
+        met, found = self.sources(left), self.sources(right) - {STREAM}
+        if not met or not found:  # a product with a parameter, or of positions
+            return
+        if met & self.key:
+            self.value |= found
+        else:
+            self.query |= met - {STREAM}
+            self.key |= found
+
+
+def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: str) -> Any:
+    """One argument of a call, by place or by name."""
+    return args[place] if len(args) > place else kwargs.get(name)
 
 
 @contextmanager

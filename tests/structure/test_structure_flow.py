@@ -89,6 +89,32 @@ def test_encoders_and_pairs(family: str) -> None:
     assert not {name for name in flow.feedforward_output if "ttention" in name}
 
 
+QUERY_KEY_VALUE = {
+    "Llama": (GROUPED, "CausalLM", "q_proj k_proj v_proj"),
+    "Gemma3Text": (GROUPED | {"head_dim": 16}, "CausalLM", "q_proj k_proj v_proj"),
+    "Qwen3Moe": (GROUPED | {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+                 "CausalLM", "q_proj k_proj v_proj"),
+    "Bloom": (*CASES["Bloom"][:1], "CausalLM", "query_key_value query_key_value query_key_value"),
+    "GPTJ": (*CASES["GPTJ"][:1], "CausalLM", "q_proj k_proj v_proj"),
+    "Bert": (SMALL, "SequenceClassification", "query key value"),
+    "T5": (T5, "Seq2SeqLM", "q k v"),
+    "LongT5": (T5, "Seq2SeqLM", "q k v"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", QUERY_KEY_VALUE)
+def test_queries_keys_and_values_are_told_apart(family: str) -> None:
+    settings, task, expected = QUERY_KEY_VALUE[family]
+    config = getattr(transformers, f"{family}Config")(**settings)
+    with torch.device("meta"):
+        flow = trace(getattr(transformers, f"AutoModelFor{task}").from_config(config))
+    assert flow is not None
+    for names, leaf in zip((flow.query, flow.key, flow.value), expected.split(), strict=True):
+        assert {name.rpartition(".")[2] for name in names} == {leaf}
+        assert len(names) == (6 if task == "Seq2SeqLM" else 2)
+    assert {*flow.key_value} == {*flow.key, *flow.value}
+
+
 def test_latent_attention_and_mixed_blocks() -> None:
     settings = {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
                 "qk_nope_head_dim": 8, "v_head_dim": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
