@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finetune.adapters import key_value_attention, key_value_cache, peft_prompts
-from finetune.adapters.input import InputAdapter, InputConfig, Materialised, PromptEncoder, Removable
+from finetune.adapters.input import PROMPT, InputAdapter, InputConfig, Materialised, PromptEncoder, Removable
 from finetune.adapters.saved_prompt import agreed
 from finetune.errors import ConfigError, ModelError, nearest
 from finetune.structure.attention import attending
@@ -47,11 +47,14 @@ class KeyValueConfig(InputConfig):
         init: vocabulary (what the base computes for tokens drawn from its vocabulary) or random.
         reparametrise: whether they come out of two small layers while they are trained.
         width: features between these.
+        ratio: how many times as fast as train.learning_rate the keys and values themselves learn; the two layers learn
+            at the plain rate, and what comes out of them moves faster than they do.
     """
 
     init: str = "vocabulary"
     reparametrise: bool = False
     width: int = 512
+    ratio: float = 50.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,6 +64,8 @@ class KeyValueConfig(InputConfig):
             )
         if not isinstance(self.width, int) or self.width < 1:
             raise ConfigError(f"adapter.width is {self.width}: expected at least 1")
+        if not self.ratio > 0:
+            raise ConfigError(f"adapter.ratio is {self.ratio}: expected more than 0")
 
     def check_saved(self, directory: Path) -> None:
         """Refuse another method, settings that we do not compute, and another length than set here."""
@@ -154,6 +159,10 @@ class KeyValueAdapter(InputAdapter):
         rows = 2 * len(self.stack.blocks)
         return 4 * block % rows if self.stack.reads else 2 * block
 
+    def learning_rate_scales(self) -> dict[str, float]:
+        """`ratio` on the keys and values, where they are trained as they are."""
+        return {f"{PROMPT}.{name}": self.config.ratio for name in ("values", "start") if hasattr(self.encoder, name)}
+
     def make_encoder(self) -> PromptEncoder:
         """The keys and values themselves, or what they come out of."""
         start = self.start()
@@ -185,6 +194,15 @@ class KeyValueAdapter(InputAdapter):
         if self.way is not None:
             return key_value_attention.hooks(self.model, self.way, self)
         return key_value_cache.hooks(self.model, self.stack, self)
+
+    def training_obstacle(self, *, gradient_checkpointing: bool, packing: bool) -> str:
+        """Checkpointing, where a cache carries the keys and values: transformers recomputes blocks without one."""
+        if self.way is None and gradient_checkpointing:
+            return (
+                f"train.gradient_checkpointing=true recomputes blocks without a cache, which is what carries"
+                f" adapter={self.config.name} in this model: set it to false"
+            )
+        return ""
 
     def check_settings(self, directory: Path, saved: Mapping[str, Any]) -> None:
         """Refuse other shapes, and what we do not compute."""

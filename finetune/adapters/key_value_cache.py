@@ -10,6 +10,7 @@ Shape suffixes: B rows, H heads of keys and values, L trained positions, S queri
 
 from __future__ import annotations
 
+import dataclasses
 import inspect as signatures
 from collections.abc import Iterator
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from finetune.adapters.input import Removable
 from finetune.adapters.key_value_attention import KeyValues
+from finetune.errors import ConfigError
 from finetune.structure import Stack
 from finetune.structure.flow import twin_of
 
@@ -53,7 +55,7 @@ def read(model: nn.Module, stack: Stack, ids_BS: Tensor) -> list[tuple[Tensor, T
 
 
 def hooks(model: nn.Module, stack: Stack, source: KeyValues) -> Iterator[Removable]:
-    """Hand the cache in; taking the handle away undoes it.
+    """Hand the cache in; taking the handles away undoes it.
 
     Args:
         stack: whose blocks get keys and values.
@@ -68,7 +70,14 @@ def hooks(model: nn.Module, stack: Stack, source: KeyValues) -> Iterator[Removab
             return None
         return (), _handed(dict(zip(names, args, strict=False)) | kwargs, stack, source, embeddings.weight.dtype)
 
+    def after(_module: nn.Module, _args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        # Who asked for no cache must not get ours: generation would go on with it.
+        if not source.enabled or kwargs.get("use_cache") is not False or not dataclasses.is_dataclass(output):
+            return output
+        return dataclasses.replace(output, **{CACHE: None})  # type: ignore[type-var]
+
     yield module.register_forward_pre_hook(before, with_kwargs=True)
+    yield module.register_forward_hook(after, with_kwargs=True)
 
 
 def _handed(inputs: dict[str, Any], stack: Stack, source: KeyValues, dtype: torch.dtype) -> dict[str, Any]:
@@ -77,6 +86,8 @@ def _handed(inputs: dict[str, Any], stack: Stack, source: KeyValues, dtype: torc
     tokens = next(inputs[key] for key in ("input_ids", "inputs_embeds") if inputs.get(key) is not None)
     cache = inputs.get(CACHE)
     inputs[CACHE] = cache = _made(stack) if cache is None else cache
+    if getattr(cache, "is_compileable", False):
+        raise ConfigError("a cache of fixed size has no room for the prefix of this model: generate with a dynamic one")
     if _own(cache).get_seq_length() == 0:
         for block in range(len(stack.blocks)):
             key, value = (half.to(tokens.device, dtype).expand(len(tokens), -1, -1, -1) for half in source.pair(block))
