@@ -13,7 +13,7 @@ Shape suffixes: O out features, I in features, R rank, G groups of a row, E expe
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,11 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from finetune.adapters.base import ADAPTERS
-from finetune.adapters.lora import LoRAAdapter, LoRAConfig
+from finetune.adapters.lora import LoRAAdapter, LoRAConfig, Size
 from finetune.adapters.lora import build as build_lora
 from finetune.adapters.lora_layers import Factor, LoRAExperts, LoRALinear
 from finetune.adapters.own_format import METHOD, read_as_lora
 from finetune.adapters.peft_lora import Saved
+from finetune.adapters.targets import ALL_LINEAR
 from finetune.errors import ConfigError
 from finetune.kernels import affine
 from finetune.quant.affine_storage import Affine, AffineConfig
@@ -91,7 +92,7 @@ class QALoRALinear(Grouped, LoRALinear):
     def __init__(self, base: FrozenLinear, *, rank: int, **sizes: Any) -> None:
         super().__init__(base, rank=rank, **sizes)
         self.measure(base)
-        self.lora_A = _started(rank, self.groups)
+        self.lora_A = _started(rank, self.groups, base.in_features)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A P and B."""
@@ -114,27 +115,37 @@ class QALoRAExperts(Grouped, LoRAExperts):
     def __init__(self, base: FrozenExperts, *, rank: int, **sizes: Any) -> None:
         super().__init__(base, rank=rank, **sizes)
         self.measure(base)
-        self.lora_A = _started(rank * self.num_experts, self.groups)
+        self.lora_A = _started(rank * self.num_experts, self.groups, base.in_features)
 
     def factors(self, expert: int | Tensor) -> tuple[Tensor, Tensor]:
         """A P and B of one expert."""
-        a_RG, b_OR = self._grouped(expert)
+        a_RG, b_OR = self._matrices(expert)
         return self.spread(a_RG, self.in_features), b_OR
 
     def merge_into(self, frozen: Affine) -> Affine:
         """The codes of a stack that is stored as the base, with the products in its zero points."""
-        pairs = [self._grouped(expert) for expert in range(self.num_experts)]
+        pairs = [self._matrices(expert) for expert in range(self.num_experts)]
         return frozen.shifted(self.scaling * torch.stack([b.float() @ a.float() for a, b in pairs]))
 
-    def _grouped(self, expert: int | Tensor) -> tuple[Tensor, Tensor]:
+    def _matrices(self, expert: int | Tensor) -> tuple[Tensor, Tensor]:
         a_ERG = self.lora_A.weight.view(self.num_experts, self.rank, self.groups)
         b_ORE = self.lora_B.weight.view(self.out_features, self.rank, self.num_experts)
         return a_ERG[expert], b_ORE[:, :, expert]
 
 
-def _started(rows: int, groups: int) -> Factor:
+def _grouped(model: nn.Module, name: str) -> bool:
+    """Whether a projection is stored in groups, or has no weights yet, and may be."""
+    parent, _, leaf = name.rpartition(".")
+    base = getattr(model.get_submodule(parent), leaf)
+    tensors = base.parameters() if isinstance(base, nn.Module) else [base]
+    return isinstance(base, Affine) or all(tensor.is_meta for tensor in tensors)
+
+
+def _started(rows: int, groups: int, in_features: int) -> Factor:
+    """A as large as LoRA's on the unpooled input, so that A P x is as large as A x; the authors draw it over G."""
     factor = Factor(rows, groups)
-    nn.init.kaiming_uniform_(factor.weight, a=math.sqrt(5))
+    bound = 1 / math.sqrt(in_features)
+    nn.init.uniform_(factor.weight, -bound, bound)
     return factor
 
 
@@ -144,18 +155,21 @@ class QALoRAAdapter(LoRAAdapter):
     config: QALoRAConfig
     adapted: dict[str, Any]
 
-    def check(self) -> None:
-        """Refuse a base that is not stored in groups; one without weights may be yet."""
-        super().check()
-        for p in self.projections:
-            parent, _, leaf = p.name.rpartition(".")
-            base = getattr(self.model.get_submodule(parent), leaf)
-            tensors = base.parameters() if isinstance(base, nn.Module) else [base]
-            if not isinstance(base, Affine) and not all(t.is_meta for t in tensors):
-                how = base.extra_repr() if isinstance(base, FrozenWeight) else "a dense weight"
-                raise ConfigError(
-                    f"adapter=qa_lora needs a base stored in groups, but {p.name} is stored as {how}: {_expected()}"
-                )
+    def __init__(
+        self, config: QALoRAConfig, model: nn.Module, sizes: Mapping[str, Size], plan: list[Projection]
+    ) -> None:
+        """What the base leaves in floating point is left out, unless it was named.
+
+        Raises:
+            ConfigError: where nothing is stored in groups, or something named is not.
+        """
+        strange = [p for p in plan if not _grouped(model, p.name)]
+        if strange and (config.targets != ALL_LINEAR or len(strange) == len(plan)):
+            raise ConfigError(
+                f"adapter=qa_lora needs a base stored in groups, and {strange[0].name} is not: {_expected()}"
+            )
+        self.left_out = [p.name for p in strange]
+        super().__init__(config, model, sizes, [p for p in plan if p not in strange])
 
     def wrap(self, base: FrozenLinear, projection: Projection) -> QALoRALinear:
         """A product that is constant in groups beside a linear layer."""
@@ -167,16 +181,20 @@ class QALoRAAdapter(LoRAAdapter):
 
     @property
     def note(self) -> str:
-        """Where the rank is more than the pooled inputs can use."""
-        narrow = [name for name, size in self.sizes.items() if size.rank > self.adapted[name].groups]
-        if not narrow:
-            return ""
-        name = min(narrow, key=lambda name: self.adapted[name].groups)
-        groups = self.adapted[name].groups
-        return (
-            f"adapter=qa_lora: rank {self.sizes[name].rank} is above the {groups} pooled inputs of {name}: there the"
-            f" product has rank {groups} at most"
-        )
+        """What is left out, and where the rank is more than the pooled inputs can use."""
+        parts = []
+        if self.left_out:
+            more = f" and {len(self.left_out) - 1} more" if len(self.left_out) > 1 else ""
+            parts.append(f"adapter=qa_lora leaves out {self.left_out[0]}{more}, which the base keeps in floating point")
+        narrow = [name for name, module in self.adapted.items() if self.sizes[name].rank > module.groups]
+        if narrow:
+            name = min(narrow, key=lambda name: self.adapted[name].groups)
+            groups = self.adapted[name].groups
+            parts.append(
+                f"adapter=qa_lora: rank {self.sizes[name].rank} is above the {groups} pooled inputs of {name}: there"
+                f" the product has rank {groups} at most"
+            )
+        return "; ".join(parts)
 
     @torch.no_grad()
     def merged_frozen(self) -> Iterator[tuple[str, Affine]]:
