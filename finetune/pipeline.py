@@ -295,8 +295,12 @@ class Runner:
 
     def save_adapter(self) -> None:
         from finetune.export.adapter import save_adapter
+        from finetune.export.servers import notes, read_saved
 
         save_adapter(self.adapter, self.loaded, self.run.path / "adapter")
+        for note in notes(read_saved(self.run.path / "adapter"), self.adapter.mergeable):
+            self.run.note(note)
+            say(self.accelerator, note)
 
     def samples(self) -> list[list[str]]:
         from finetune.samples import answer, verdicts, write_samples
