@@ -144,7 +144,7 @@ RULES = (
         DIFFERENT,
         "rsLoRA's scaling",
         lambda saved: saved.is_lora and bool(saved.config.get("use_rslora")) and saved.rank > 1,
-        "llama.cpp/convert_lora_to_gguf.py writes lora_alpha alone; src/llama-adapter.h `get_scale` divides by the rank",
+        "llama.cpp/convert_lora_to_gguf.py writes lora_alpha alone; llama-adapter.h `get_scale` divides by the rank",
     ),
 )
 
