@@ -69,18 +69,39 @@ class Predictions:
         return -self.log_probs_PV.gather(1, self.targets_P[:, None])[:, 0]
 
 
+@dataclass(frozen=True)
+class NumberPredictions(Predictions):
+    """The numbers that a model gives rows: `log_probs_PV` [P, 1] holds them, P counts rows."""
+
+    def losses_P(self) -> Tensor:
+        """Squared errors, float32."""
+        return (self.log_probs_PV[:, 0] - self.targets_P.float()) ** 2
+
+
 @torch.no_grad()
 def predictions(model: nn.Module, batches: Iterable[Batch], device: torch.device | str) -> Iterator[Predictions]:
-    """Run a transformers causal LM and yield its predictions at every learnt position, row by row, packed or not.
+    """Run a transformers model and yield its predictions at every learnt position, row by row, packed or not.
+
+    Of rows with a target of their own the row as a whole is the one learnt position, and the classes are the
+    vocabulary.
 
     Args:
-        model: called with `Batch.model_inputs()`; must return `.logits` [B, S, V]. Its mode is the caller's.
+        model: called with `Batch.model_inputs()`; must return `.logits` [B, S, V], or [B, V] for rows with targets.
+            Its mode is the caller's.
         batches: right-padded or packed rows.
         device: where the model is.
     """
     rows_before = 0
     for batch in batches:
         moved = batch.to(device)
+        if moved.targets_B is not None:
+            logits_PV, rows_P = model(**moved.model_inputs()).logits.float(), torch.arange(len(moved.targets_B))
+            if moved.targets_B.is_floating_point():
+                yield NumberPredictions(logits_PV, moved.targets_B, rows_P + rows_before)
+            else:
+                yield Predictions(torch.log_softmax(logits_PV, -1), moved.targets_B, rows_P + rows_before)
+            rows_before += len(rows_P)
+            continue
         targets_BS = moved.shifted_labels_BS()
         learnt_BS = targets_BS != IGNORE
         if not bool(learnt_BS.any()):
@@ -178,3 +199,30 @@ class Divergence:
     def top1_agreement(self) -> float:
         """Share of positions where both find the same token likeliest."""
         return self.agreed / len(self.kl) if self.kl else math.nan
+
+
+@dataclass
+class NormalDivergence(Divergence):
+    """KL between normal distributions of one variance around two predicted numbers: (a - b)^2 / 2 variance.
+
+    Attributes:
+        variance: of what is predicted, which makes the divergence independent of its unit.
+    """
+
+    variance: float = 1.0
+
+    def add(self, reference_PV: Tensor, candidate_PV: Tensor) -> None:
+        """Add the numbers of some rows, [P, 1] each.
+
+        Raises:
+            ValueError: when the shapes differ.
+        """
+        if reference_PV.shape != candidate_PV.shape:
+            raise ValueError(f"numbers of shapes {tuple(reference_PV.shape)} and {tuple(candidate_PV.shape)}")
+        distance_P = (reference_PV.double() - candidate_PV.double())[:, 0]
+        self.kl += (distance_P**2 / (2 * self.variance)).tolist()
+
+    @property
+    def top1_agreement(self) -> float:
+        """NaN: numbers have no likeliest one."""
+        return math.nan

@@ -12,6 +12,7 @@ import torch
 from finetune.adapters.base import Adapter
 from finetune.data.rows import TokenRows
 from finetune.model.headers import StoredTensor
+from finetune.model.task import CAUSAL_LM, Task
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class ExportSource:
         storage: the base's storage settings in words, for the same file.
         calibration: training rows that formats which round may look at; None rounds to nearest.
         pad_id: token that fills up short rows.
+        task: what the base was opened for.
+        key_mapping: renamings without which transformers does not find all weights of the base for that task.
     """
 
     model: Any
@@ -44,6 +47,8 @@ class ExportSource:
     storage: Mapping[str, Any] | None = None
     calibration: TokenRows | None = None
     pad_id: int = 0
+    task: Task = CAUSAL_LM
+    key_mapping: Mapping[str, str] = field(default_factory=dict)
 
 
 def has_own_code(model: Any) -> bool:
@@ -83,7 +88,7 @@ class Format:
     Attributes:
         name: as in `export.formats`.
         runtime: who reads it, in words, e.g. "transformers (AutoModelForCausalLM)".
-        loader: which loader of the proof client opens it: "causal_lm" or "peft".
+        loader: which loader of the proof client opens it: "checkpoint" or "peft".
         needs_merge: whether the adapter has to be mergeable.
         advice: what a user does whose export keeps too little of the fine-tuning.
         lossless: nothing is lost but the rounding to 16 bits, so mean KL is gated as well, by `export.max_kl`.
@@ -105,6 +110,9 @@ class Format:
 @dataclass
 class Proof:
     """What export.json holds. Losses and KL are in nats a token, KL is from the unmerged model; None was not measured.
+
+    Of a classifier or regressor every row counts as one token: losses are in the unit of its objective, and the KL of
+    numbers is that of normal distributions around them with the variance of the labels.
 
     Attributes:
         format, runtime: what was written, and what opened it.

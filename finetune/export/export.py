@@ -22,8 +22,11 @@ from finetune.export.formats import chosen
 from finetune.export.formats.safetensors import write as write_dense
 from finetune.export.verify import Panel, Reference, compare, fill, judge, reference_of
 from finetune.model.headers import StoredTensor, read_header
+from finetune.model.task import AUTO_CLASSES
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 8
+ROW_COST = 4096
+"""Logits of a position that a row's memory is reckoned in where the model gives one answer a row."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ def export(source: ExportSource, out: Path, config: ExportConfig, eval_rows: Tok
     out.mkdir(parents=True, exist_ok=True)
     sweep(out)
     with tempfile.TemporaryDirectory(dir=out, prefix=TEMPORARY) as workspace:
-        vocabulary = int(source.model.get_output_embeddings().weight.shape[0])
+        head = None if source.task.judges_rows else source.model.get_output_embeddings()
+        vocabulary = ROW_COST if head is None else int(head.weight.shape[0])
         panel = Panel.of(eval_rows, config.rows, vocabulary, pad_id)
         panel.save(Path(workspace) / "rows.safetensors")
         reference = reference_of(source, panel, Path(workspace) / "reference")
@@ -68,7 +72,8 @@ def export(source: ExportSource, out: Path, config: ExportConfig, eval_rows: Tok
 
 def _publish(trial: Trial, form: Format, out: Path, workspace: Path) -> Proof:
     """Write, prove and publish one format; a failure becomes the proof's reason."""
-    proof = Proof(format=form.name, runtime=form.runtime)
+    runtime = form.runtime.replace(AUTO_CLASSES["causal_lm"], AUTO_CLASSES[trial.source.task.kind])
+    proof = Proof(format=form.name, runtime=runtime)
     adapter = trial.source.adapter
     with published(out / form.name) as directory:
         try:
@@ -93,6 +98,8 @@ def _prove(trial: Trial, form: Format, written: Written, directory: Path, worksp
     model = trial.source.model
     request = {
         "loader": form.loader,
+        "auto_class": AUTO_CLASSES[trial.source.task.kind],
+        "head": head_settings(trial.source),
         "directory": str(directory),
         **_base(trial.source, written, workspace),
         "rows": str(workspace.parent / "rows.safetensors"),
@@ -118,12 +125,22 @@ def _prove(trial: Trial, form: Format, written: Written, directory: Path, worksp
 def _base(source: ExportSource, written: Written, workspace: Path) -> dict[str, Any]:
     """Which base the client puts an adapter on, and how it quantizes it."""
     if not written.decode_base:
-        return {"base": written.base, "base_quantization": written.base_quantization}
+        mapping = dict(source.key_mapping) or None
+        return {"base": written.base, "base_quantization": written.base_quantization, "key_mapping": mapping}
     decoded = workspace / "base"
     decoded.mkdir()
     with source.adapter.disabled() if source.adapter is not None else contextlib.nullcontext():
         write_dense(replace(source, adapter=None, dtype=torch.float32), decoded)
     return {"base": str(decoded), "base_quantization": None}
+
+
+def head_settings(source: ExportSource) -> dict[str, Any]:
+    """What a user tells transformers of the head where a base has none; empty for tokens."""
+    if not source.task.judges_rows:
+        return {}
+    config = source.model.config
+    keys = ("num_labels", "id2label", "label2id", "problem_type", "pad_token_id")
+    return {key: getattr(config, key) for key in keys}
 
 
 def stored_tensors(directory: Path) -> list[StoredTensor]:
@@ -137,6 +154,9 @@ def unlike(trial: Trial, answer: dict[str, Any]) -> str | None:
     for key in ("texts", "chats", "eos", "pad", "vocabulary"):
         if answer[key] != facts[key]:
             return f"its tokenizer is not the one trained with: {key} {_short(answer[key])}, not {_short(facts[key])}"
+    if trial.source.task.judges_rows:
+        named = list(trial.source.model.config.id2label.values())
+        return None if answer["classes"] == named else f"its classes are {answer['classes']}, not {named}"
     generation = getattr(trial.source.model, "generation_config", None)
     expected = getattr(generation, "eos_token_id", None)
     if answer["generation_eos"] != expected:

@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from finetune.data.batching import collate
-from finetune.data.rows import IGNORE, Batch, TokenRows
-from finetune.evaluation import Divergence, RowLosses, predictions
+from finetune.data.rows import IGNORE, Batch, Row, TokenRows
+from finetune.evaluation import Divergence, NormalDivergence, RowLosses, predictions
 from finetune.export.base import ExportSource, Format, Proof
 from finetune.export.config import ExportConfig
 
@@ -53,7 +53,7 @@ class Panel:
     @classmethod
     def of(cls, rows: TokenRows, limit: int, vocabulary: int, pad_id: int) -> Panel:
         """Choose at most `limit` rows, evenly spaced over those with something to learn."""
-        learnt = [index for index, row in enumerate(rows) if bool((row.labels[1:] != IGNORE).any())]
+        learnt = [index for index, row in enumerate(rows) if learnt_positions(row)]
         picked = {learnt[int(i)] for i in np.linspace(0, len(learnt) - 1, min(limit, len(learnt))).round()}
         lengths = rows.lengths()
         order = sorted(sorted(picked), key=lambda index: int(lengths[index]))
@@ -64,7 +64,7 @@ class Panel:
                 plan[-1].append(index)
             else:
                 plan.append([index])
-        positions = sum(int((row.labels[1:] != IGNORE).sum()) for row in kept)
+        positions = sum(learnt_positions(row) for row in kept)
         stride = max(1, math.ceil(positions * vocabulary * 4 / LOG_PROBS_BYTES))
         return cls(kept, plan, stride, pad_id)
 
@@ -75,7 +75,24 @@ class Panel:
     def save(self, path: Path) -> None:
         """Write the rows for the proof client."""
         arrays = {"input_ids": self.rows.input_ids, "labels": self.rows.labels, "offsets": self.rows.offsets}
-        save_file({name: torch.from_numpy(array).long() for name, array in arrays.items()}, path)
+        tensors = {name: torch.from_numpy(array).long() for name, array in arrays.items()}
+        if self.rows.targets is not None:
+            tensors["targets"] = torch.from_numpy(self.rows.targets)
+        if self.rows.token_types is not None:
+            tensors["token_types"] = torch.from_numpy(self.rows.token_types).long()
+        save_file(tensors, path)
+
+    def divergence(self) -> Divergence:
+        """What measures how far two models are from each other on these rows."""
+        targets = self.rows.targets
+        if targets is None or targets.dtype.kind != "f":
+            return Divergence()
+        return NormalDivergence(variance=float(targets.astype(np.float64).var()) or 1.0)
+
+
+def learnt_positions(row: Row) -> int:
+    """How many predictions of a row are measured: one where it has a target of its own."""
+    return 1 if row.target is not None else int((row.labels[1:] != IGNORE).sum())
 
 
 @dataclass
@@ -156,7 +173,7 @@ def reference_of(source: ExportSource, panel: Panel, directory: Path) -> Referen
 
 def compare(panel: Panel, reference: Reference, answer: Path) -> tuple[RowLosses, Divergence]:
     """The export's losses, and its divergence from the reference, from what the client wrote into `answer`."""
-    losses, divergence = RowLosses(), Divergence()
+    losses, divergence = RowLosses(), panel.divergence()
     row_of = [row for row, tokens in enumerate(reference.trained.tokens) for _ in range(tokens)]
     seen = 0
     for number in range(len(panel.plan)):

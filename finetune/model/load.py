@@ -46,6 +46,7 @@ class Loaded:
         notes: what the user should know.
         quant: the storage settings in force.
         task: what it was opened for.
+        key_mapping: renamings without which transformers does not find all weights of the base for the task.
         originals: reads the weights again as they were before they were quantized, for methods that start from them
             (finetune.adapters.base.Originals); None where what is stored is all there is.
     """
@@ -59,6 +60,7 @@ class Loaded:
     quant: QuantConfig | None = None
     task: Task = CAUSAL_LM
     originals: Originals | None = None
+    key_mapping: dict[str, str] = field(default_factory=dict)
 
     @property
     def storage(self) -> dict[str, Any] | None:
@@ -126,7 +128,18 @@ def load(model: ModelConfig, quant: QuantConfig, dtype: torch.dtype, device: str
     base_path = model.path if local is None else str(local.resolve())
     loaded.config._name_or_path = base_path  # what PEFT's adapter_config.json will name, not a path in the hub's cache
     originals = _originals(loaded, directory, loading) if stored is None and loading.quant.name != "none" else None
-    return Loaded(loaded, tokenizer, digests, base_path, quantization_config, notes, loading.quant, task, originals)
+    return Loaded(
+        loaded,
+        tokenizer,
+        digests,
+        base_path,
+        quantization_config,
+        notes,
+        loading.quant,
+        task,
+        originals,
+        loading.key_mapping,
+    )
 
 
 def _check_head(empty: nn.Module, task: Task, directory: Path, headers: Sequence[Header]) -> None:

@@ -26,6 +26,7 @@ class Loading:
         stacks: whether experts are packed, known after loading.
         mismatched: names of tensors whose shape in the checkpoint is not the model's.
         notes: what the user should know.
+        key_mapping: renamings without which transformers does not find all weights for the task.
         failure: the first error of an operation, which transformers would only report.
     """
 
@@ -37,6 +38,7 @@ class Loading:
     stacks: bool = False
     mismatched: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    key_mapping: dict[str, str] = field(default_factory=dict)
     failure: Exception | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Loading:

@@ -79,7 +79,13 @@ def read_model(
         config.quantization_config = {"quant_method": METHOD, "loading": loading}
     if task.judges_rows:
         with quiet():
-            options["key_mapping"] = shared_elsewhere(config, stored) or None
+            loading.key_mapping = shared_elsewhere(config, stored)
+        if loading.key_mapping:
+            options["key_mapping"] = loading.key_mapping
+            loading.notes.append(
+                f"{', '.join(loading.key_mapping.values())} is stored under another head's name: stock transformers"
+                f" opens this base for the task only with key_mapping={loading.key_mapping}"
+            )
     # What transformers draws for missing weights is drawn again by `start`, from the same point on every device.
     with fixed_thresholds(), quiet(), torch.random.fork_rng(devices=[]):
         try:
@@ -122,7 +128,7 @@ def empty_model(config: Any, model: ModelConfig, task: Task = CAUSAL_LM) -> Any:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     _native(config, model, task, f"model.path={model.path}")
-    with torch.device("meta"), _one_line("the model cannot be built from its configuration"):
+    with torch.device("meta"), quiet(), _one_line("the model cannot be built from its configuration"):
         return task.auto_class().from_config(config, trust_remote_code=model.trust_remote_code)
 
 

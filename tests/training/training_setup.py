@@ -86,7 +86,10 @@ class HandMade(Adapter):
         for module in deltas:
             module.on = True
 
-    def detached(self) -> Any:
+    def mount(self) -> None:
+        raise NotImplementedError
+
+    def unmount(self) -> None:
         raise NotImplementedError
 
     @property

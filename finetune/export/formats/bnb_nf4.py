@@ -115,7 +115,7 @@ def _nf4(stored: Codebook4Linear | None, w_OI: Tensor, default: NF4Config, gram_
 FORMAT = Format(
     name="bnb-nf4",
     runtime="transformers + bitsandbytes (AutoModelForCausalLM)",
-    loader="causal_lm",
+    loader="checkpoint",
     needs_merge=True,
     advice="export 16 bits (safetensors), or keep the adapter beside its base (peft)",
     lossless=False,

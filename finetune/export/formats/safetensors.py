@@ -33,7 +33,7 @@ def write(source: ExportSource, directory: Path) -> Written:
 FORMAT = Format(
     name="safetensors",
     runtime="transformers (AutoModelForCausalLM)",
-    loader="causal_lm",
+    loader="checkpoint",
     needs_merge=True,
     advice="keep the adapter beside its base (export.formats=[peft]), or train in fp32",
     lossless=True,
