@@ -14,7 +14,7 @@ Shape suffixes: B leading dimensions, O out features, I in features.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,9 @@ class LayersConfig(AdapterConfig):
                 hint = nearest(self.layers, (AUTO, ALL))
                 raise ConfigError(f"adapter.layers is {self.layers!r}: expected auto, all or a list of blocks{hint}")
         elif not _numbers(self.layers):
-            raise ConfigError(f"adapter.layers is {self.layers!r}: expected auto, all or a list of blocks, e.g. [0, -1]")
+            raise ConfigError(
+                f"adapter.layers is {self.layers!r}: expected auto, all or a list of blocks, e.g. [0, -1]"
+            )
 
     def check_saved(self, directory: Path) -> None:
         """Refuse another method and broken settings."""
@@ -76,12 +78,13 @@ class FullLinear(AdaptedLinear):
     """
 
     trained_bias: nn.Parameter | None
+    stored: torch.dtype
 
     def __init__(self, base: FrozenLinear) -> None:
         super().__init__(base)
         self.packed = not isinstance(base, DenseLinear)
         weight_OI = base.dequantize(torch.float32)
-        self.stored = None if self.packed else base.weight.dtype
+        self.stored = torch.float32 if self.packed else base.weight.dtype  # type: ignore[assignment]
         self.trained_weight = nn.Parameter(weight_OI.detach().clone())
         bias = None if base.bias is None else nn.Parameter(base.bias.detach().to(torch.float32, copy=True))
         self.register_parameter("trained_bias", bias)
@@ -119,11 +122,13 @@ class FullExperts(AdaptedExperts):
         trained_stack: laid out as the parameter that the stack stands for.
     """
 
+    stored: torch.dtype
+
     def __init__(self, base: FrozenExperts, *, transposed: bool) -> None:
         super().__init__(base)
         self.packed, self.transposed = not isinstance(base, DenseExperts), transposed
         stack = base.dequantize(torch.float32)
-        self.stored = None if self.packed else base.weight.dtype
+        self.stored = torch.float32 if self.packed else base.weight.dtype  # type: ignore[assignment]
         self.trained_stack = nn.Parameter(stack.detach().clone())
 
     def adapted(self, expert: int | Tensor) -> Any:
@@ -220,7 +225,9 @@ class LayersAdapter(WeightAdapter):
     def check_settings(self, directory: Path, saved: Mapping[str, Any]) -> None:
         """The blocks have to be the same."""
         if saved.get("layers") != self.layers:
-            raise ModelError(f"adapter {directory} has layers {saved.get('layers')!r}, but here they are {self.layers!r}")
+            raise ModelError(
+                f"adapter {directory} has layers {saved.get('layers')!r}, but here they are {self.layers!r}"
+            )
 
 
 @ADAPTERS.register(LayersConfig)
@@ -264,7 +271,9 @@ def chosen(config: LayersConfig, structure: Structure, emulator: Emulator | None
         return list(emulator.train)
     wrong = [number for number in config.layers if not -count <= number < count]
     if wrong:
-        raise ConfigError(f"adapter.layers names block {wrong[0]}: the model has {count}, expected {-count} to {count - 1}")
+        raise ConfigError(
+            f"adapter.layers names block {wrong[0]}: the model has {count}, expected {-count} to {count - 1}"
+        )
     return sorted({number % count for number in config.layers})
 
 

@@ -67,7 +67,9 @@ class OffsiteConfig:
             ConfigError: where none is named, or it exists.
         """
         if not self.output:
-            raise ConfigError("offsite.output is not set: expected the directory to write, e.g. offsite.output=emulator")
+            raise ConfigError(
+                "offsite.output is not set: expected the directory to write, e.g. offsite.output=emulator"
+            )
         path = Path(self.output)
         if path.exists() or path.is_symlink():
             raise ConfigError(f"offsite.output={path} exists already: expected a directory that does not")

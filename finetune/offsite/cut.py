@@ -152,6 +152,6 @@ def prove(full: nn.Module, emulator: nn.Module, cut: Cut) -> None:
     found = emulator(input_ids=ids_BS, use_cache=False).logits
     if not torch.equal(found, wanted):
         raise ModelError(
-            f"{type(full).__name__} cannot be cut: without blocks {cut.dropped} it does not compute what its other blocks"
-            f" do (logits off by {float((found - wanted).abs().max()):.2g}); its blocks depend on their place"
+            f"{type(full).__name__} cannot be cut: without blocks {cut.dropped} it does not compute what its other"
+            f" blocks do (logits off by {float((found - wanted).abs().max()):.2g}); its blocks depend on their place"
         )

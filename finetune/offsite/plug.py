@@ -57,7 +57,9 @@ def returned(directory: Path) -> tuple[Emulator, list[int]]:
     path = directory / peft_format.CONFIG
     peft_format.check_method(directory, saved, {"finetune_method": METHOD})
     if "offsite" not in saved:
-        raise ModelError(f"{path} names no emulator: expected an adapter trained on what `finetune offsite split` wrote")
+        raise ModelError(
+            f"{path} names no emulator: expected an adapter trained on what `finetune offsite split` wrote"
+        )
     emulator = as_emulator(saved["offsite"], f"{path}: offsite")
     blocks = saved.get("layers")
     if not isinstance(blocks, list) or not blocks:

@@ -78,7 +78,7 @@ class Middle:
 
 
 def _prints(weight: Tensor) -> list[bytes]:
-    """Digests of a tensor's bytes and of those of each matrix of a stack; none of what is constant, and says nothing."""
+    """Digests of a tensor's bytes and of those of each matrix of a stack; none of what is constant."""
     pieces = [weight, *weight] if weight.dim() == 3 else [weight]
     return [
         hashlib.sha256(piece.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).digest()

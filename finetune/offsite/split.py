@@ -31,7 +31,7 @@ class Job:
     """The rooms' settings that splitting and plugging take.
 
     Attributes:
-        name, output_dir: of the run directory of a distillation.
+        output_dir: the run directory of a distillation; None makes a new one under runs/offsite.
         max_shard_gb: largest safetensors file, in 10^9 bytes.
     """
 
@@ -68,7 +68,9 @@ def split(job: Job) -> int:
         code = _make(job, cut, dtype, work)
         if code:
             raise SystemExit(code)
-    print(f"{target}: {told(cut)}; fine-tune it with `train.py model.path={job.offsite.output} adapter=layers quant=keep`")
+    print(
+        f"{target}: {told(cut)}; fine-tune it with `train.py model.path={job.offsite.output} adapter=layers quant=keep`"
+    )
     return 0
 
 
@@ -76,8 +78,8 @@ def told(cut: Cut) -> str:
     """The cut in words."""
     kept = ", ".join(map(str, cut.kept))
     return (
-        f"{len(cut.blocks)} of {len(cut.full_names)} blocks, {cut.layers[0]} at the start and {cut.layers[1]} at the end"
-        f" to be trained, between them {kept} of the middle's {len(cut.full_middle())}"
+        f"{len(cut.blocks)} of {len(cut.full_names)} blocks, {cut.layers[0]} at the start and {cut.layers[1]} at the"
+        f" end to be trained, between them {kept} of the middle's {len(cut.full_middle())}"
     )
 
 
@@ -138,7 +140,8 @@ def _make(job: Job, cut: Cut, dtype: Any, work: Path) -> int:
         print("interrupted: no emulator is written")
         return 128 + (distilled.signal or 2)
     quant = quant_of(job.offsite.quant)
-    emulator.model.config._name_or_path = ""
+    config: Any = emulator.model.config
+    config._name_or_path = ""  # the plain cut, which is gone
     source = source_of(emulator, distilled.adapter if distilled else None, dtype, job.max_shard_gb)
     write_emulator(source, cut, quant, middle, work, round_rest=distilled is None)
     middle.judge(cut, job.offsite.verbatim)

@@ -69,7 +69,7 @@ def _shapes(model: nn.Module, blocks: Sequence[str]) -> list[dict[str, tuple[int
     found = []
     for block in blocks:
         projections = [p for p in structure.projections if p.name.startswith(f"{block}.")]
-        held = {p.name: (p.experts, p.in_features, p.out_features) for p in projections}
+        held: dict[str, tuple[int, ...]] = {p.name: (p.experts, p.in_features, p.out_features) for p in projections}
         inside = tuple(held)
         for name, parameter in model.get_submodule(block).named_parameters(prefix=block):
             if not name.startswith(inside):

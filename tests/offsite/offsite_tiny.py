@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -130,7 +131,7 @@ def logits(model: nn.Module) -> Tensor:
 def leaf(name: str, blocks: str) -> int | None:
     """The number of the block that a tensor of a file lies in; None outside the blocks."""
     parts = name.split(".")
-    numbers = [int(part) for before, part in zip(parts, parts[1:], strict=False) if before == blocks and part.isdigit()]
+    numbers = [int(part) for before, part in itertools.pairwise(parts) if before == blocks and part.isdigit()]
     return numbers[0] if numbers else None
 
 

@@ -150,9 +150,7 @@ def test_taught_weights_that_did_not_move_are_refused(bases: dict[str, Path], tm
     assert not (tmp_path / "out").exists()
 
 
-def test_nothing_is_left_after_a_fault(
-    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_left_after_a_fault(bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any, **__: Any) -> None:
         raise OSError("no space left on device")
 
@@ -211,9 +209,7 @@ def test_settings_that_cannot_be(changes: dict[str, Any], words: str) -> None:
         ({"verbatim": False}, r"the kept blocks would leave as they are"),
     ],
 )
-def test_settings_that_do_not_fit(
-    changes: dict[str, Any], words: str, bases: dict[str, Path], tmp_path: Path
-) -> None:
+def test_settings_that_do_not_fit(changes: dict[str, Any], words: str, bases: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=words):
         split(job(bases["llama"], tmp_path / "out", **changes))
     assert list(tmp_path.iterdir()) == []
