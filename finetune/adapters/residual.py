@@ -128,7 +128,7 @@ class ResidualAdapter(LoRAAdapter):
             originals(visit)
         for projection in left.values():
             self.begin(self._weight(projection, None))
-        self._remark = self._told(squares, [name for name in left if name in wanted])
+        self._remark = self._told(squares, [p.name for name, p in left.items() if name in wanted])
 
     def _weight(self, projection: Projection, original: Tensor | None) -> Weight:
         return Weight.of(self.adapted[projection.name], projection, original, self.config.niter)

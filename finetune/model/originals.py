@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -61,7 +62,7 @@ def read_originals(model: nn.Module, directory: Path, dtype: torch.dtype, visit:
                 ignore_mismatched_sizes=True,
                 quantization_config=asked,
             )
-        except (RuntimeError, ValueError, KeyError, OSError) as error:
+        except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
             if asked.failure is not None:
                 raise asked.failure from None
             first = next(iter(str(error).splitlines()), type(error).__name__)

@@ -12,17 +12,26 @@ from test_training_resume import SETTINGS, Stop, StopAt, assert_same_run
 
 from finetune.adapters.attach import attach
 from finetune.adapters.base import ADAPTERS, Adapter
+from finetune.quant.affine import Int4Config
+from finetune.quant.freeze import freeze
+from finetune.structure import inspect
 from finetune.training.config import OPTIMIZERS, TrainConfig
 from finetune.training.optimizers.adamw import AdamWConfig
 from finetune.training.optimizers.parameter_groups import SCALE, grouped
 
-FOR_TINY = {"rank": 4, "dropout": 0.2, "bias": "all"}
+PARTS = [{"name": "lora", "rank": 4, "dropout": 0.2}, {"name": "ia3"}, {"name": "houlsby", "width": 4}]
+FOR_TINY = {"rank": 4, "dropout": 0.2, "bias": "all", "parts": PARTS}
 """What methods are set to for a model of width 16 without biases."""
+
+STORED = {"qa_lora": Int4Config(group_size=32)}
+"""Methods that want a certain storage."""
 
 
 def adapted(method: str, model: torch.nn.Module) -> Adapter:
     config_type = ADAPTERS.type_of(method)
     known = {field.name for field in fields(config_type)}
+    if method in STORED:
+        freeze(model, STORED[method], inspect(model))
     torch.manual_seed(0)
     return attach(model, config_type(**{key: value for key, value in FOR_TINY.items() if key in known}))
 
