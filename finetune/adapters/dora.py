@@ -28,14 +28,13 @@ from finetune.adapters.lora_layers import LoRALinear
 from finetune.adapters.peft_lora import Saved, read_saved
 from finetune.adapters.weight import WeightAdapter
 from finetune.kernels import operand
+from finetune.kernels.lengths import scale_outputs_, scale_outputs_backward
 from finetune.quant.base import FrozenExperts, FrozenLinear
 from finetune.structure import Projection
 
 EXACT = 1e-5
 """Relative error of the stored weight's own product in float32 up to which norms are found by it. Formats that round
 activations are off by a percent; there the weight is decoded instead."""
-SHORTEST = 1e-6
-"""Share of a row's length below which it has none."""
 
 
 @dataclass
@@ -76,10 +75,8 @@ class DoRALinear(LoRALinear):
     def adapted(self, x_BI: Tensor) -> Tensor:
         """m / n (W x + s B A dropout(x)) + bias, in the dtype of x; n is the norm."""
         y_BO = super().adapted(x_BI)
-        norm_O = self.norm(y_BO.dtype)
-        # m / n - 1 keeps its digits in 16 bits, and is nothing at the start: then y is the base's, bit for bit.
-        excess_O = ((self.lora_magnitude_vector - norm_O) / norm_O).to(y_BO.dtype)
-        scaled_BO: Tensor = _Scaled.apply(y_BO, excess_O, self.bias)  # type: ignore[no-untyped-call]
+        magnitude_O, bias_O = self.lora_magnitude_vector, self.bias
+        scaled_BO: Tensor = _Scaled.apply(y_BO, magnitude_O, self.norm(y_BO.dtype), bias_O)  # type: ignore[no-untyped-call]
         return scaled_BO
 
     @torch.no_grad()
@@ -94,10 +91,11 @@ class DoRALinear(LoRALinear):
         a_RI, b_OR = self.lora_A.weight, self.lora_B.weight
         state = (a_RI._version, b_OR._version, a_RI.data_ptr(), b_OR.data_ptr(), dtype)
         if self._kept is None or self.training or self._kept[0] != state:
-            b = b_OR.float()
-            a = a_RI.float()
-            cross_OR = 2 * self._product(a_RI.to(dtype)).float().T + self.scaling * b @ (a @ a.T)
-            norm_O = (self.squares_O + self.scaling * (b * cross_OR).sum(dim=1)).clamp_min(1e-30).sqrt()
+            a, b = a_RI.float(), b_OR.float()
+            product_RO = self._product(a_RI.to(dtype)).float()
+            cross_RO = torch.addmm(product_RO, a @ a.T, b.T, beta=2, alpha=self.scaling)
+            added_O = cross_RO.mul_(b.T).sum(dim=0)
+            norm_O = torch.add(self.squares_O, added_O, alpha=self.scaling).clamp_min_(1e-30).sqrt_()
             self._kept = (state, norm_O.to(self.lora_magnitude_vector.dtype))
         return self._kept[1]
 
@@ -119,33 +117,19 @@ class DoRALinear(LoRALinear):
 
 
 class _Scaled(torch.autograd.Function):
-    """y (1 + e) - bias e: outputs at new lengths, the bias at its own.
-
-    Written out because memory passes are what DoRA costs: one forward, two backward, nothing kept but the result.
-    """
+    """y m / n - bias (m / n - 1): outputs at new lengths, the bias at its own; y is overwritten, and n a constant."""
 
     @staticmethod
-    def forward(ctx: Any, y_BO: Tensor, excess_O: Tensor, bias_O: Tensor | None) -> Tensor:
-        scaled_BO = torch.addcmul(y_BO, y_BO, excess_O)
-        if bias_O is not None:
-            scaled_BO.sub_(bias_O.to(y_BO.dtype) * excess_O)
-        ctx.save_for_backward(scaled_BO, excess_O, bias_O)
-        return scaled_BO
+    def forward(ctx: Any, y_BO: Tensor, magnitude_O: Tensor, norm_O: Tensor, bias_O: Tensor | None) -> Tensor:
+        scale_outputs_(y_BO, magnitude_O, norm_O, bias_O)
+        ctx.mark_dirty(y_BO)
+        ctx.save_for_backward(y_BO, magnitude_O, norm_O, bias_O)
+        return y_BO
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BO: Tensor) -> tuple[Tensor | None, ...]:
-        scaled_BO, excess_O, bias_O = ctx.saved_tensors
-        product_BO = grad_BO * scaled_BO
-        one_N = product_BO.new_ones(1, product_BO[..., 0].numel())
-        # Sums over rows as products with ones: a sum over the leading dimension takes several times as long.
-        along_O = (one_N @ product_BO.flatten(0, -2))[0]
-        if bias_O is not None:
-            along_O = along_O - bias_O.to(grad_BO.dtype) * (one_N @ grad_BO.flatten(0, -2))[0]
-        factor_O = 1 + excess_O.float()
-        # What was scaled is found again from the result; a row of length zero has lost it, and learns nothing.
-        grad_excess_O = torch.where(factor_O.abs() < SHORTEST, 0.0, along_O.float() / factor_O).to(excess_O.dtype)
-        return torch.addcmul(grad_BO, grad_BO, excess_O, out=product_BO), grad_excess_O, None
+        return (*scale_outputs_backward(grad_BO, *ctx.saved_tensors), None, None)
 
 
 class DoRAAdapter(LoRAAdapter):

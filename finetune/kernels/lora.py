@@ -173,7 +173,8 @@ class _Recorded(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         output = torch.ops.finetune.lora_linear(*inputs)
         _save(ctx, inputs, output)
-        return output[0]
+        # Some formats flatten the leading dimensions; what is no view may be written over by what comes next.
+        return output[0].detach()
 
     @staticmethod
     @once_differentiable

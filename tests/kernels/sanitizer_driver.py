@@ -136,7 +136,17 @@ def cross_entropy(random: Random) -> None:
     linear_cross_entropy(states, head, labels, softcap=random.choice([None, 30.0]), chunk=7).backward()
 
 
-FAMILIES = (codebook4, dense, int8, affine, dropout, between_products, cross_entropy)
+def lengths(random: Random) -> None:
+    from finetune.kernels import lengths as ops
+
+    rows, outputs, dtype = random.randint(1, 40), size(random, 1100), random.choice(DTYPES[:2])
+    y, magnitude, norm = tensor(rows, outputs, dtype=dtype), tensor(outputs), 1 + torch.rand(outputs)
+    bias = random.choice([None, tensor(outputs)])
+    ops.scale_outputs_(y, magnitude, norm, bias)
+    ops.scale_outputs_backward(tensor(rows, outputs, dtype=dtype), y, magnitude, norm, bias)
+
+
+FAMILIES = (codebook4, dense, int8, affine, dropout, between_products, cross_entropy, lengths)
 
 
 def main(library: str, rounds: int) -> None:
