@@ -25,7 +25,7 @@ from finetune.export.config import ExportConfig
 from finetune.model.config import ModelConfig
 from finetune.model.task import Task
 from finetune.quant.base import QuantConfig
-from finetune.training.config import ObjectiveConfig, OptimConfig, TrainConfig
+from finetune.training.config import OBJECTIVES, ObjectiveConfig, OptimConfig, TrainConfig
 from finetune.training.protocols import TrainResult
 
 
@@ -143,7 +143,8 @@ def train(
         model, tokenizer: from `load`.
         data: a path, hub id or list of rows, or a whole DataConfig.
         adapter: from `attach`.
-        train, optim, objective: settings; the defaults are one epoch of AdamW on the learnt tokens.
+        train, optim, objective: settings; the defaults are one epoch of AdamW on the learnt tokens, or on the labels of
+            rows where the model was loaded for those.
         seed: of dropout and of the order of the rows.
         name, output_dir: the run directory is runs/<name>/<timestamp> unless `output_dir` names it.
 
@@ -154,7 +155,6 @@ def train(
 
     from finetune.device import make_accelerator
     from finetune.pipeline import Runner
-    from finetune.training.objectives.sft import SFTConfig
     from finetune.training.optimizers.adamw import AdamWConfig
     from finetune.training.run_directory import RunDirectory
     from finetune.training.trackers.off import OffConfig
@@ -170,7 +170,7 @@ def train(
         train=settings,
         data=data if isinstance(data, DataConfig) else DataConfig(train=data),
         optim=optim or AdamWConfig(),
-        objective=objective or SFTConfig(),
+        objective=_objective(objective, known.loaded.task),
         tracking=OffConfig(),
     )
     accelerator = make_accelerator(str(next(model.parameters()).device))
@@ -210,23 +210,44 @@ def export(
     Raises:
         ConfigError: for an unknown format, or when there are no held-out rows to prove on.
     """
+    from finetune.data.labels import for_labels
     from finetune.data.prepare import prepare
     from finetune.export.export import export as export_formats
     from finetune.model.load import context_length
-    from finetune.pipeline import export_source
+    from finetune.pipeline import export_source, labelling_of
 
     known = _of(model)
     rows = known.eval_rows
     if data is not None:
         source_of_rows = data if isinstance(data, DataConfig) else DataConfig(train=data, eval=data)
         context = context_length(known.path) - (known.adapter.virtual_tokens if known.adapter else 0)
-        rows = prepare(source_of_rows, tokenizer, context=context, seed=0).eval
+        labelling = labelling_of(replace(known.loaded, model=model))
+        if labelling is not None:
+            source_of_rows = for_labels(source_of_rows, known.loaded.task.kind)
+        rows = prepare(source_of_rows, tokenizer, context=context, seed=0, labelling=labelling).eval
     if rows is None:
         raise ConfigError("export has no held-out rows to prove on: train first, or give data=")
     settings = replace(config or ExportConfig(), formats=list(formats))
     loaded = replace(known.loaded, model=model)
     source = export_source(loaded, known.adapter, tokenizer, known.dtype, settings, known.train_rows)
     return export_formats(source, Path(directory), settings, rows, loaded.pad_id)
+
+
+def _objective(given: ObjectiveConfig | None, task: Task) -> ObjectiveConfig:
+    """The objective for what a model was loaded for.
+
+    Raises:
+        ConfigError: for one that needs another model.
+    """
+    if given is None:
+        types = OBJECTIVES.types()
+        return types["sft"]() if task == Task() else next(t for t in types.values() if t.task == task.kind)()
+    if given.task != task.kind:
+        raise ConfigError(
+            f"objective={given.name} needs a model loaded with task=Task({given.task!r}, ...), and this one was loaded"
+            f" for {task.kind}"
+        )
+    return given
 
 
 def _of(model: Any) -> Known:

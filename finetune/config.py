@@ -91,7 +91,7 @@ class RunConfig:
         if self.resume is not None and self.output_dir is not None:
             raise ConfigError("resume and output_dir conflict: resume=DIR names the run directory already")
         if judges_rows(self.objective.task):
-            for_labels(self.data, self.objective.name)
+            self.data = for_labels(self.data, self.objective.name)
         else:
             refuse_labels(self.data)
 

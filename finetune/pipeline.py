@@ -345,7 +345,8 @@ class Runner:
     def tell_tracker(self, result: Any, samples: list[list[str]], proofs: list[Any], exit_code: int) -> None:
         if samples:
             self.tracker.table("samples", ["prompt", "reference", "before", "after"], samples)
-        summary = {key: value for key, value in asdict(result).items() if isinstance(value, (int, float, str))}
+        figures = asdict(result) | {f"best_{name}": value for name, value in result.best_metrics.items()}
+        summary = {key: value for key, value in figures.items() if isinstance(value, (int, float, str))}
         for proof in proofs:
             summary |= {
                 f"proof/{proof.format}/{key}": value for key, value in proof.to_dict().items() if key != "format"

@@ -18,6 +18,7 @@ from typing import Any, TypeGuard
 WIDTH, HEIGHT = 520, 240
 LEFT, RIGHT, TOP, BOTTOM = 64, 14, 14, 42
 """Size of a chart and of its margins, in SVG units (pixels at full width)."""
+PER_TOKEN = "nats per token"
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2024; --faint: #667079; --line: #d9dee3; --paper: #ffffff; --card: #f5f7f9;
@@ -68,7 +69,7 @@ def write_report(run_dir: Path) -> Path:
     proofs = [proof for path in sorted(run_dir.glob("export/*/export.json")) if (proof := _read_json(path))]
     sections = [
         _head(run_dir, record, proofs),
-        _section("Curves", _charts(lines)),
+        _section("Curves", _charts(lines, str(record.get("loss_unit", PER_TOKEN)))),
         _section("Time and memory by phase", _phases(record.get("phases") or {})),
         _section("Samples", _samples(_read_text(run_dir / "samples.md"))),
         _section("Exports and their proofs", _proofs(proofs)),
@@ -144,8 +145,12 @@ def _figures(record: dict[str, Any], proofs: list[dict[str, Any]]) -> list[tuple
     phases = [phase for phase in (record.get("phases") or {}).values() if isinstance(phase, dict)]
     figures: list[tuple[str, str]] = []
     if _number(first) and _number(best):
-        figures.append(("held-out loss, nats per token", f"{first:.2f} → {best:.2f}"))
+        figures.append((f"held-out loss, {record.get('loss_unit', PER_TOKEN)}", f"{first:.2f} → {best:.2f}"))
         figures.append(("lower than the untuned base", f"{1 - best / first:.1%}"))
+    before = record.get("first_metrics") or {}
+    for name, value in (record.get("best_metrics") or {}).items():
+        if _number(value) and _number(before.get(name)):
+            figures.append((name, f"{before[name]:.3f} → {value:.3f}"))
     if _number(record.get("steps")):
         figures.append(("optimizer steps", f"{record['steps']:,}"))
     if phases:
@@ -182,9 +187,14 @@ def _curve(lines: Sequence[dict[str, Any]], key: str, name: str, scale: float = 
     return Curve(name, [(float(x), float(y) * scale) for x, y in pairs if _number(x) and _number(y)])
 
 
-def _charts(lines: Sequence[dict[str, Any]]) -> str:
+def _charts(lines: Sequence[dict[str, Any]], unit: str) -> str:
+    measured = dict.fromkeys(key for line in lines for key in line if key.startswith("eval_") and key != "eval_loss")
+    judged = [
+        (key.removeprefix("eval_").capitalize(), "of held-out rows", [_curve(lines, key, key)]) for key in measured
+    ]
     wanted = [
-        ("Loss", "nats per token", [_curve(lines, "loss", "training"), _curve(lines, "eval_loss", "held out")]),
+        ("Loss", unit, [_curve(lines, "loss", "training"), _curve(lines, "eval_loss", "held out")]),
+        *judged,
         ("Learning rate", "learning rate", [_curve(lines, "learning_rate", "learning rate")]),
         ("Gradient norm", "norm before clipping", [_curve(lines, "grad_norm", "gradient norm")]),
         ("Speed", "tokens per second", [_curve(lines, "tokens_per_second", "speed")]),

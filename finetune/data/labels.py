@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -82,8 +82,8 @@ def refuse_labels(config: DataConfig) -> None:
         raise ConfigError("data.format=labelled needs objective=classification or objective=regression")
 
 
-def for_labels(config: DataConfig, objective: str) -> None:
-    """Have the rows read as labelled ones.
+def for_labels(config: DataConfig, objective: str) -> DataConfig:
+    """The settings by which the rows are read as labelled ones.
 
     Raises:
         ConfigError: for a format or a way of making rows that a label does not go with.
@@ -103,7 +103,7 @@ def for_labels(config: DataConfig, objective: str) -> None:
             f"data.too_long=split conflicts with objective={objective}: a label belongs to the whole row; set it to"
             " truncate, drop or error"
         )
-    config.format = "labelled"
+    return replace(config, format="labelled")
 
 
 def _number(text: str) -> float:
