@@ -5,6 +5,9 @@ a process of its own; medians over the rounds go to benchmarks/results/step_cpu.
 thread a step's time is its CPU time, which other work on the machine hardly changes; with more it is wall time, and
 wants a quiet machine. The first engine is what the others are compared with; its losses have to stay within 1 % of
 theirs at every step.
+
+`--compare dora` measures DoRA's step beside LoRA's instead, over several numbers of tokens: step_dora_cpu.json.
+`--isa avx512_bf16` measures as on a CPU without AMX and writes files of its own (step_cpu_avx512_bf16.json).
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+from bench_kernels import ISAS  # noqa: E402
 from machine import describe_machine  # noqa: E402
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
@@ -29,6 +33,8 @@ SIZES = {  # hidden, intermediate, layers, heads, vocabulary
     "25m": (384, 1024, 8, 6, 16000),
     "160m": (768, 2048, 12, 12, 32000),
 }
+ROWS = 2
+"""Of a batch."""
 WARM_UP = 2
 """Steps before the clock counts."""
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -56,13 +62,13 @@ def random_llama(size: str):
     return LlamaForCausalLM(config).to(torch.bfloat16)
 
 
-def ours(size: str, adapter_dtype: str = "fp32") -> tuple[list, Callable]:
+def ours(size: str, adapter_dtype: str = "fp32", method: str = "lora") -> tuple[list, Callable]:
     """finetune: NF4 with double quantization, LoRA in the default float32, fused modules, chunked cross entropy."""
     import torch
 
     import finetune.structure as structure
     from finetune.adapters.attach import attach
-    from finetune.adapters.lora import LoRAConfig
+    from finetune.adapters.base import ADAPTERS
     from finetune.data.rows import Batch
     from finetune.model.exchange import exchange
     from finetune.quant.freeze import freeze
@@ -74,7 +80,7 @@ def ours(size: str, adapter_dtype: str = "fp32") -> tuple[list, Callable]:
     freeze(model, NF4Config(), structure.inspect(model))
     exchange(model)
     torch.manual_seed(2)
-    adapter = attach(model, LoRAConfig(rank=16, alpha=32, dtype=adapter_dtype))
+    adapter = attach(model, ADAPTERS.type_of(method)(rank=16, alpha=32, dtype=adapter_dtype))
     objective = OBJECTIVES.build(SFTConfig(), model)
     model.train()
 
@@ -137,18 +143,22 @@ ENGINES: dict[str, Callable[[str], tuple[list, Callable]]] = {
     "finetune, bf16 adapters": lambda size: ours(size, "bf16"),
     "peft+bitsandbytes": peft_bitsandbytes,
     "peft bf16": peft_bf16,
+    "finetune, dora": lambda size: ours(size, method="dora"),
 }
+COMPARISONS = {"engines": [*ENGINES][:4], "dora": ["finetune", "finetune, dora"]}
+LENGTHS = {"engines": (512,), "dora": (128, 256, 512)}
+"""Tokens of a row, by comparison."""
 
 
-def batches(count: int):
-    """2 rows of 512 tokens: walks modulo a small prime, so that the loss falls when learning works."""
+def batches(count: int, length: int):
+    """Walks modulo a small prime, so that the loss falls when learning works."""
     import torch
 
     generator = torch.Generator().manual_seed(1)
     for _ in range(count):
-        start = torch.randint(0, 97, (2, 1), generator=generator)
-        stride = torch.randint(1, 7, (2, 1), generator=generator)
-        yield (start + stride * torch.arange(512)) % 97 + 3
+        start = torch.randint(0, 97, (ROWS, 1), generator=generator)
+        stride = torch.randint(1, 7, (ROWS, 1), generator=generator)
+        yield (start + stride * torch.arange(length)) % 97 + 3
 
 
 def memory(field: str) -> int:
@@ -159,7 +169,7 @@ def memory(field: str) -> int:
     return 0
 
 
-def measure(engine: str, size: str, steps: int, threads: int) -> dict[str, Any]:
+def measure(engine: str, size: str, length: int, steps: int, threads: int) -> dict[str, Any]:
     """Train a few steps; median seconds a step and the peak of resident memory above the imports, in bytes."""
     import torch
     import transformers  # noqa: F401
@@ -172,7 +182,7 @@ def measure(engine: str, size: str, steps: int, threads: int) -> dict[str, Any]:
     Path("/proc/self/clear_refs").write_text("5", "ascii")
     optimizer = torch.optim.AdamW(parameters, lr=2e-4, weight_decay=0.0)
     losses, seconds = [], []
-    for ids in batches(steps):
+    for ids in batches(steps, length):
         start = clock()
         loss = loss_of(ids)
         loss.backward()
@@ -184,21 +194,23 @@ def measure(engine: str, size: str, steps: int, threads: int) -> dict[str, Any]:
     return {"step_seconds": step, "peak_bytes": memory("VmHWM") - base, "losses": losses}
 
 
-def take_turns(size: str, rounds: int, steps: int, threads: int) -> list[dict[str, Any]]:
+def take_turns(engines: list[str], size: str, length: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Medians over the rounds, a row for each engine."""
-    runs: dict[str, list[dict[str, Any]]] = {engine: [] for engine in ENGINES}
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    runs: dict[str, list[dict[str, Any]]] = {engine: [] for engine in engines}
+    threads, rounds = options.threads, options.rounds
+    environment = {**os.environ, **ISAS[options.isa], "OMP_NUM_THREADS": str(threads)}
     for _ in range(rounds):
-        for engine in ENGINES:
-            command = [sys.executable, __file__, "--engine", engine, "--sizes", size]
-            command += ["--steps", str(steps), "--threads", str(threads)]
+        for engine in engines:
+            command = [sys.executable, __file__, "--engine", engine, "--sizes", size, "--length", str(length)]
+            command += ["--steps", str(options.steps), "--threads", str(threads)]
             done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
             runs[engine].append(json.loads(done.stdout.splitlines()[-1]))
     rows = []
     for engine, found in runs.items():
         step, peak = (statistics.median(run[key] for run in found) for key in ("step_seconds", "peak_bytes"))
-        figures = {"step_seconds": step, "tokens_per_second": 1024 / step, "peak_bytes": peak}
-        row = {"engine": engine, "size": size, "threads": threads, "rounds": rounds, **figures}
+        tokens = ROWS * length
+        figures = {"step_seconds": step, "tokens_per_second": tokens / step, "peak_bytes": peak}
+        row = {"engine": engine, "size": size, "tokens": tokens, "threads": threads, "rounds": rounds, **figures}
         rows.append({**row, "losses": found[0]["losses"]})
     return rows
 
@@ -211,11 +223,18 @@ def compare(rows: list[dict[str, Any]]) -> None:
         memory_share = mine["peak_bytes"] / row["peak_bytes"]
         apart = max(abs(a - b) / b for a, b in zip(mine["losses"], row["losses"], strict=True))
         verdict = "within" if apart <= 0.01 else "NOT WITHIN"
+        where = f"{mine['size']}, {mine['tokens']} tokens, {mine['threads']} threads"
         print(
-            f"{mine['size']}, {mine['threads']} threads: {speed:.2f}x the speed and {memory_share:.2f}x the memory of"
-            f" {row['engine']}; losses differ by {apart:.2%} at most, {verdict} 1 %",
+            f"{where}: {speed:.2f}x the speed and {memory_share:.2f}x the memory of {row['engine']};"
+            f" losses differ by {apart:.2%} at most, {verdict} 1 %",
             flush=True,
         )
+
+
+def results_file(comparison: str, isa: str, threads: int) -> Path:
+    """Where a comparison's rows go: a file for each way of measuring, so that none is written over another's."""
+    parts = ["step", *(["dora"] if comparison == "dora" else []), "cpu", *([isa] if isa != "native" else [])]
+    return RESULTS / ("_".join([*parts, *([f"{threads}_threads"] if threads != 1 else [])]) + ".json")
 
 
 def main() -> None:
@@ -225,18 +244,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--threads", type=int, default=1, help="1 measures CPU time, more wall time")
+    parser.add_argument("--compare", choices=COMPARISONS, default="engines")
+    parser.add_argument("--isa", choices=ISAS, default="native", help="measure as on a CPU with no more than this")
     parser.add_argument("--engine", choices=ENGINES, help="one measurement in this process, printed as JSON")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a row, for --engine")
     options = parser.parse_args()
     if options.engine:
-        print(json.dumps(measure(options.engine, options.sizes, options.steps, options.threads)))
+        print(json.dumps(measure(options.engine, options.sizes, options.length, options.steps, options.threads)))
         return
     rows: list[dict[str, Any]] = []
     for size in options.sizes.split(","):
-        found = take_turns(size, options.rounds, options.steps, options.threads)
-        rows += found
-        compare(found)
-    file = RESULTS / ("step_cpu.json" if options.threads == 1 else f"step_cpu_{options.threads}_threads.json")
-    result = {"machine": describe_machine(), "threads": options.threads, "rows": rows}
+        for length in LENGTHS[options.compare]:
+            found = take_turns(COMPARISONS[options.compare], size, length, options)
+            rows += found
+            compare(found)
+    result = {"machine": describe_machine(), "isa": options.isa, "threads": options.threads, "rows": rows}
+    file = results_file(options.compare, options.isa, options.threads)
     file.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
 
 
