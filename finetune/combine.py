@@ -26,12 +26,15 @@ from finetune.adapters.combination import MODES, Loss, Product, check_combinatio
 from finetune.adapters.peft_lora import Saved, read_saved
 from finetune.adapters.provenance import read_provenance, write_provenance
 from finetune.errors import ConfigError, ModelError, nearest
+from finetune.export import servers
 from finetune.export.directory import published
 
 FACTORS = ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B"))
 """Endings of PEFT's keys for A and B."""
 COPY_OF_BASE = ".base_layer.weight"
 """Ending of the keys under which PEFT saves an adapted embedding of the base too."""
+ROUNDING = 1e-6
+"""Relative loss below which a re-factorisation is exact: the factors are saved in float32."""
 TOKENIZER = re.compile(r"(tokenizer|special_tokens|added_tokens|vocab|merges|chat_template|spiece)[\w.]*")
 """Names of the files beside an adapter that belong to its tokenizer."""
 
@@ -176,9 +179,9 @@ def run(config: CombineConfig) -> int:
     with published(output) as work:
         write(work, sources, results)
     ranks = sorted({product.rank for product in results.values()})
-    exact = "exact" if loss.lost == 0 else f"{loss.relative:.2%} of the weighted sum is lost"
+    exact = "exact" if loss.relative < ROUNDING else f"{loss.relative:.2%} of the weighted sum is lost"
     print(f"combined {len(sources)} adapters at {len(results)} places, rank {', '.join(map(str, ranks))}: {exact}")
-    for note in notes:
+    for note in notes + servers.notes(servers.read_saved(output), mergeable=True):
         print(note)
     print(output)
     return 0
@@ -206,6 +209,9 @@ def check_origins(sources: Sequence[Source], allow_other_quant: bool) -> list[st
         if first.digest("base") is None or other.digest("base") is None:
             if first.base != other.base:
                 raise ModelError(f"{both} on different bases: {first.base} and {other.base}")
+            if first.base is None and not first.products.keys() & other.products.keys():
+                where = f"adapters {first.directory} and {other.directory}"
+                raise ModelError(f"{where} have no place in common and name no base: expected adapters of one model")
             notes.append(f"nothing but its name, {first.base}, says that {both[9:]} on one base")
     return notes
 
