@@ -221,13 +221,13 @@ def sweep_table(jobs: list[Job]) -> str:
 
 
 def doctor(arguments: list[str]) -> int:
-    """`finetune doctor [model.path=...]`: versions, device, backends, and what a model is made of."""
+    """`finetune doctor [model.path=... adapter=...]`: versions, device, backends, what of a model would be adapted."""
     from finetune.compose import compose_config
+    from finetune.config import to_run_config
     from finetune.doctor import report
 
     config_dir = CHECKOUT_CONFIGS if CHECKOUT_CONFIGS.joinpath("train.yaml").is_file() else PACKAGED_CONFIGS
-    config = compose_config(arguments, config_dir.resolve()) if arguments else None
-    print(report(config.model.path if config else None))
+    print(report(to_run_config(compose_config(arguments, config_dir.resolve())) if arguments else None))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""`finetune doctor`: what a bug report needs, and why a backend is off."""
+"""`finetune doctor`: what a bug report needs, why a backend is off, and what of a model would be adapted."""
 
 from __future__ import annotations
 
@@ -7,8 +7,14 @@ import logging
 import os
 import platform
 import sys
+from typing import TYPE_CHECKING, Any
 
 from finetune.device import cpu_has_bf16
+from finetune.errors import UserError
+
+if TYPE_CHECKING:
+    from finetune.config import RunConfig
+    from finetune.model.task import Task
 
 PACKAGES = (
     "finetune-kit",
@@ -88,8 +94,8 @@ def wandb_state() -> str:
     return "on: logged in" if logged_in else "offline: not logged in (`wandb login`)"
 
 
-def report(model_path: str | None = None) -> str:
-    """The whole report as text; with `model_path` also what the model is made of."""
+def report(config: RunConfig | None = None) -> str:
+    """The whole report as text; with a configuration also what of its model its adapter would train."""
     import torch
 
     lines = [
@@ -100,35 +106,65 @@ def report(model_path: str | None = None) -> str:
     lines.append(f"cores: {os.cpu_count()}, torch threads: {torch.get_num_threads()}")
     lines += [f"{name}: {version}" for name, version in versions().items()]
     lines += [f"{name}: {state}" for name, state in backends().items()]
-    if model_path is not None:
-        lines += ["", *describe(model_path)]
+    if config is not None:
+        lines += ["", *describe(config)]
     return "\n".join([*lines, "```"])
 
 
-def describe(model_path: str) -> list[str]:
-    """What of a model would be quantized and adapted, from its configuration alone; no weights are read."""
+def describe(config: RunConfig) -> list[str]:
+    """What of a model would be quantized and adapted, from its configuration alone; no weights are read.
+
+    Raises:
+        ModelError: where the configuration cannot be read, or makes no model that could be trained.
+    """
+    from finetune.adaptation import describe as adapted
     from finetune.model.check import check_path
-    from finetune.model.config import ModelConfig
     from finetune.model.exchange import candidates
-    from finetune.model.load import skeleton
     from finetune.structure import inspect
 
-    config = ModelConfig(path=model_path)
-    check_path(config)
-    model = skeleton(config)
+    check_path(config.model)
+    model, task = _empty(config)
     structure = inspect(model)
     weights = sum(p.numel() for p in model.parameters())
-    adapted = sum(p.in_features * p.out_features * p.experts for p in structure.projections)
-    tied = " (tied)" if structure.tied else ""
-    share = f"{adapted:,} weights ({adapted / weights:.1%}) in {len(structure.projections)} projections"
-    lines = [
-        f"model: {model_path}: {weights:,} weights, {len(structure.blocks)} blocks, head {structure.head}{tied}",
-        f"quantized and open to LoRA: {share}; in the first block:",
+    inside = sum(p.in_features * p.out_features * p.experts for p in structure.projections)
+    stored = sum(p.in_features * p.out_features * p.experts for p in structure.projections if not p.dense)
+    made_of = f"{len(structure.blocks)} blocks, {len(structure.projections)} projections"
+    return [
+        f"model: {config.model.path}: {weights:,} weights as a {task.words}, {made_of} with {inside / weights:.1%} of them",
+        f"quant={config.quant.name}: {_storage(config, stored / weights)}",
+        *adapted(model, config.adapter, config.quant),
+        f"open to fused CPU kernels, each tried against the original when loaded: {candidates(model)}",
     ]
-    lines += [
-        f"  {p.name}: {p.kind} {p.in_features} -> {p.out_features}"
-        + (f" x {p.experts} experts" if p.experts > 1 else "")
-        for p in structure.projections
-        if p.block == 0
-    ]
-    return [*lines, f"open to fused CPU kernels, each tried against the original when loaded: {candidates(model)}"]
+
+
+def _storage(config: RunConfig, share: float) -> str:
+    """What the storage format takes."""
+    if config.quant.name in ("none", "dense"):
+        return "everything stays in 16 or 32 bits"
+    if config.quant.name == "keep":
+        return "as the checkpoint stores it"
+    return f"stores {share:.1%} of the weights; embeddings, norms, routers and heads stay in 16 or 32 bits"
+
+
+def _empty(config: RunConfig) -> tuple[Any, Task]:
+    """The model without weights for the first task that its checkpoint can serve, that of the objective first."""
+    from finetune.model.load import skeleton, stored_config
+    from finetune.model.task import Task, own_classes
+    from finetune.model.task_head import refuse_bidirectional
+
+    stored = stored_config(config.model)
+    placeholders = tuple(f"LABEL_{number}" for number in range(max(2, len(stored.get("id2label") or ()))))
+    classes = Task("classification", own_classes(stored) or placeholders)
+    wanted = classes if config.objective.task == "classification" else Task(config.objective.task)
+    first: UserError | None = None
+    for task in dict.fromkeys((wanted, Task("seq2seq"), classes)):
+        try:
+            model = skeleton(config.model, task)
+            if task.kind == "causal_lm":
+                refuse_bidirectional(model, f"model.path={config.model.path}")
+        except UserError as error:
+            first = first or error
+        else:
+            return model, task
+    assert first is not None
+    raise first

@@ -15,7 +15,7 @@ FLOORS = [
     {"cli", "api"},
     {"pipeline", "compose", "processes"},
     {"doctor", "checks"},
-    {"config", "report", "samples", "combine"},
+    {"config", "report", "samples", "combine", "adaptation"},
     {"offsite"},
     {"training", "export"},
     {"evaluation", "metrics"},

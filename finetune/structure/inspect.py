@@ -67,8 +67,15 @@ def projection_of(module: nn.Module, name: str) -> Projection | None:
 
 
 def routers(model: nn.Module, block: str) -> tuple[str, ...]:
-    """Names of the projections of a block that only choose or weigh experts, in module order."""
-    return tuple(sorted(_routers(model.get_submodule(block), block)))
+    """Names of the modules of a block that only choose or weigh experts, linear layers or not, in module order."""
+    module = model.get_submodule(block)
+    found = _routers(module, block)
+    for name, parent, counts in _beside_experts(module, block):
+        for child, sub in parent.named_children():
+            matrices = [p for p in sub.parameters(recurse=False) if p.dim() == 2]
+            if not counts[child] and any(p.shape[0] in counts.values() for p in matrices):
+                found.add(f"{name}.{child}")
+    return tuple(name for name, _ in module.named_modules(prefix=block) if name in found)
 
 
 def _block_projections(model: nn.Module, blocks: Sequence[str]) -> Iterator[Projection]:
@@ -150,19 +157,23 @@ def _expert_count(module: nn.Module) -> int:
     return count if stacked and isinstance(count, int) and not _is_frozen(module) else 0
 
 
+def _beside_experts(block: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module, dict[str, int]]]:
+    """The modules that hold experts among their children, by name, with how many experts each child holds."""
+    for name, module in block.named_modules(prefix=prefix):
+        counts = {child: _expert_count(sub) for child, sub in module.named_children()}
+        if any(counts.values()):
+            yield name, module, counts
+
+
 def _routers(block: nn.Module, prefix: str) -> set[str]:
     """Names of the projections beside experts that choose or weigh them: as many outputs as experts, or one.
 
     Such a projection is the only one of its branch, which tells it from a shared expert of a like width.
     """
     routers: set[str] = set()
-    for name, module in block.named_modules(prefix=prefix):
-        children = dict(module.named_children())
-        counts = {child: _expert_count(sub) for child, sub in children.items()}
+    for name, module, counts in _beside_experts(block, prefix):
         widths = {count for count in counts.values() if count}
-        if not widths:
-            continue
-        for child, sub in children.items():
+        for child, sub in module.named_children():
             branch = list(_projections(sub, f"{name}.{child}")) if not counts[child] else []
             if len(branch) == 1 and branch[0].out_features in widths | {1}:
                 routers.add(branch[0].name)
