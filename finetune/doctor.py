@@ -129,8 +129,9 @@ def describe(config: RunConfig) -> list[str]:
     inside = sum(p.in_features * p.out_features * p.experts for p in structure.projections)
     stored = sum(p.in_features * p.out_features * p.experts for p in structure.projections if not p.dense)
     made_of = f"{len(structure.blocks)} blocks, {len(structure.projections)} projections"
+    kind = f"{weights:,} weights as a {task.words}"
     return [
-        f"model: {config.model.path}: {weights:,} weights as a {task.words}, {made_of} with {inside / weights:.1%} of them",
+        f"model: {config.model.path}: {kind}, {made_of} with {inside / weights:.1%} of them",
         f"quant={config.quant.name}: {_storage(config, stored / weights)}",
         *adapted(model, config.adapter, config.quant),
         f"open to fused CPU kernels, each tried against the original when loaded: {candidates(model)}",
