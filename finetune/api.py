@@ -193,7 +193,7 @@ def export(
     model: Any,
     tokenizer: Any,
     directory: str | Path,
-    formats: Sequence[str],
+    formats: str | Sequence[str] = "auto",
     *,
     data: Any = None,
     config: ExportConfig | None = None,
@@ -203,16 +203,17 @@ def export(
     Args:
         model, tokenizer: from `load`, adapted and trained or not.
         directory: gets one directory a format, each with its export.json.
-        formats: of `safetensors`, `bnb-nf4`, `peft`.
+        formats: of `safetensors`, `bnb-nf4`, `peft`; `auto` writes all that the adapter can be written as.
         data: rows for the proof (a DataConfig: its held-out ones); None takes the held-out rows of the last training.
         config: gates; its `formats` are replaced by `formats`.
 
     Raises:
         ConfigError: for an unknown format, or when there are no held-out rows to prove on.
     """
+    from finetune.checks import export_formats
     from finetune.data.labels import for_labels
     from finetune.data.prepare import prepare
-    from finetune.export.export import export as export_formats
+    from finetune.export.export import export as write
     from finetune.model.load import context_length
     from finetune.pipeline import export_source, labelling_of
 
@@ -227,10 +228,13 @@ def export(
         rows = prepare(source_of_rows, tokenizer, context=context, seed=0, labelling=labelling).eval
     if rows is None:
         raise ConfigError("export has no held-out rows to prove on: train first, or give data=")
-    settings = replace(config or ExportConfig(), formats=list(formats))
+    names, left_out = export_formats(formats, known.adapter)
+    if left_out:
+        print(left_out)
+    settings = replace(config or ExportConfig(), formats=names)
     loaded = replace(known.loaded, model=model)
     source = export_source(loaded, known.adapter, tokenizer, known.dtype, settings, known.train_rows)
-    return export_formats(source, Path(directory), settings, rows, loaded.pad_id)
+    return write(source, Path(directory), settings, rows, loaded.pad_id)
 
 
 def _objective(given: ObjectiveConfig | None, task: Task) -> ObjectiveConfig:

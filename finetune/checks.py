@@ -104,8 +104,8 @@ def check_training(config: RunConfig, adapter: Adapter) -> int:
         asked = "data.max_length is" if config.data.max_length else "a row has at least"
         raise ConfigError(
             f"{asked} {shortest} and adapter={config.adapter.name} puts {virtual} virtual tokens before every row, more"
-            f" than the model's context of {context} tokens: expected {max(0, context - virtual)} and {virtual}, or fewer"
-            " virtual ones"
+            f" than the model's context of {context} tokens: expected {max(0, context - virtual)} and {virtual}, or"
+            " fewer virtual ones"
         )
     return context - virtual
 
@@ -131,8 +131,8 @@ def task_of(config: RunConfig) -> Task:
     return task
 
 
-def check_exports(names: str | Sequence[str], adapter: Adapter) -> None:
-    """Whether every format that was asked for can be written of an adapter; `auto` asks for what can.
+def check_exports(names: str | Sequence[str], adapter: Adapter | None) -> None:
+    """Whether every format that was asked for can be written of an adapter, or the base; `auto` asks for what can.
 
     Raises:
         ConfigError: for the first that cannot, with those that can.
@@ -143,14 +143,15 @@ def check_exports(names: str | Sequence[str], adapter: Adapter) -> None:
     for form in chosen([] if names == AUTO else names):
         if reason := export_fault(form, adapter):
             able = ", ".join(name for name, other in formats().items() if not export_fault(other, adapter))
+            method = f"adapter={adapter.config.name}" if adapter is not None else "the base"
             kept = "the run keeps the adapter itself in adapter/"
             raise ConfigError(
-                f"export.formats: {form.name} cannot be written of adapter={adapter.config.name}: {reason};"
+                f"export.formats: {form.name} cannot be written of {method}: {reason};"
                 f" set export.formats=[{able}] ({kept}), or export.formats=auto"
             )
 
 
-def export_formats(names: str | Sequence[str], adapter: Adapter) -> tuple[list[str], str]:
+def export_formats(names: str | Sequence[str], adapter: Adapter | None) -> tuple[list[str], str]:
     """The formats to write of an adapter, and a line on those that `auto` leaves out, with the reason; empty for none.
 
     Raises:
@@ -170,8 +171,10 @@ def export_formats(names: str | Sequence[str], adapter: Adapter) -> tuple[list[s
     return able, f"export.formats=auto leaves out {reasons}" if reasons else ""
 
 
-def export_fault(form: Format, adapter: Adapter) -> str:
-    """Why a format cannot be written of an adapter; empty where it can."""
+def export_fault(form: Format, adapter: Adapter | None) -> str:
+    """Why a format cannot be written of an adapter, or the base alone; empty where it can."""
+    if adapter is None:
+        return "there is no adapter" if form.loader == "peft" else ""
     if form.needs_merge and not adapter.mergeable:
         return f"it cannot be merged, because {adapter.obstacle}"
     if form.loader == "peft" and adapter.members:
