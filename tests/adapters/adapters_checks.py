@@ -118,7 +118,6 @@ def only_the_named_tensors_train(case: Case, _: Path) -> None:
         assert {f"{name}.trained.{n}" for n, _ in make(case.family).get_submodule(name).named_parameters()} <= {
             *trainable
         }
-    optimizer = torch.optim.AdamW(trainable.values(), lr=1e-3)
     model.train()
     first = loss(model)
     first.backward()
@@ -128,10 +127,24 @@ def only_the_named_tensors_train(case: Case, _: Path) -> None:
         assert parameter.grad.dtype == parameter.dtype == torch.float32
         assert torch.isfinite(parameter.grad).all()
         assert parameter.grad.abs().max() > 0, name
-    optimizer.step()
-    assert loss(model) < first
+    assert any(_steps_down(model, trainable, rate, first) for rate in (1e-3, 1e-4))
     for name, tensor in model.state_dict().items():
         assert torch.equal(before[name], tensor) == (name not in trainable), name
+
+
+@torch.no_grad()
+def _steps_down(model: nn.Module, trainable: dict[str, nn.Parameter], rate: float, first: Tensor) -> bool:
+    """Whether a step along the gradients lowers the loss; where it does not, it is taken back.
+
+    A long one may send a token to another expert, a short one may drown in what int8 rounds.
+    """
+    before = {name: parameter.clone() for name, parameter in trainable.items()}
+    torch.optim.AdamW(trainable.values(), lr=rate).step()
+    lower = bool(loss(model) < first)
+    if not lower:
+        for name, parameter in trainable.items():
+            parameter.copy_(before[name])
+    return lower
 
 
 @check(*ANY)
@@ -140,6 +153,9 @@ def gradients_are_those_of_float64(case: Case, _: Path) -> None:
     twin = in_float64(model)
     adapter, other = case.attach(model), case.attach(twin)
     widen(twin, other.trainable())
+    with torch.no_grad():  # a method may start as what it reads off the base, which rounds
+        for name, parameter in other.trainable().items():
+            parameter.copy_(adapter.trainable()[name])
     with meetings(model) as met:
         found = gradients(model, adapter)
     assert (case.quant == "int8") == bool(met)
