@@ -20,6 +20,7 @@ from finetune.data.labels import listed
 from finetune.errors import ModelError
 from finetune.model.task import Task, own_classes
 from finetune.structure import inspect
+from finetune.structure.inspect import projection_of
 
 KINDS = ("missing_keys", "unexpected_keys")
 LANGUAGE_MODELS = ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM")
@@ -151,12 +152,19 @@ def _base(model: nn.Module) -> str:
 
 
 def _candidates(model: nn.Module) -> list[str]:
-    """Modules that may be new: children of the model and of its base that hold no block and no embedding."""
-    structure = inspect(model)
+    """Modules that may be new: the head beside the base, and a pooler, which is a projection behind the base's blocks.
+
+    A norm behind the blocks, or a projection before them, belongs to what was pretrained.
+    """
+    structure, prefix = inspect(model), _base(model)
+    children = [name for name, _ in model.named_children() if name != prefix]
+    behind = False
+    for name, child in model.get_submodule(prefix).named_children() if prefix else ():
+        full = f"{prefix}.{name}"
+        behind |= any(block.startswith(f"{full}.") for block in structure.blocks)
+        if behind and any(projection_of(module, full) is not None for module in child.modules()):
+            children.append(full)
     kept = [name for name in (*structure.blocks, structure.embeddings) if name]
-    prefix = _base(model)
-    children = [name for name, _ in model.named_children()]
-    children += [f"{prefix}.{name}" for name, _ in model.get_submodule(prefix).named_children()] if prefix else []
     return [name for name in children if not any(f"{inner}.".startswith(f"{name}.") for inner in kept)]
 
 
