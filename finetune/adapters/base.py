@@ -5,6 +5,7 @@ An adapter *attaches* to a loaded model and is from then on the only thing in it
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -38,6 +39,8 @@ class AdapterConfig:
         dtype: of the trainable weights and their gradients: fp32 or bf16.
         train_also: full modules trained beside the adapter, by the last part of their name: [lm_head, embed_tokens].
         allow_other_quant: accept a saved adapter that was trained on the same weights quantized otherwise.
+        learning_rate: the peak that suits the method on a base of hidden size 256, where `train.learning_rate` names
+            none; wider bases learn at 256 / hidden size of it. It belongs to the training and is not saved.
     """
 
     name: str = "base"
@@ -45,8 +48,11 @@ class AdapterConfig:
     dtype: str = "fp32"
     train_also: list[str] = field(default_factory=list)
     allow_other_quant: bool = False
+    learning_rate: float = 2e-3
 
     def __post_init__(self) -> None:
+        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
+            raise ConfigError(f"adapter.learning_rate is {self.learning_rate}: expected more than 0")
         if self.dtype not in DTYPES:
             raise ConfigError(
                 f"adapter.dtype is {self.dtype!r}: expected {' | '.join(DTYPES)}{nearest(self.dtype, DTYPES)}"

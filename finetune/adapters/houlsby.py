@@ -18,6 +18,7 @@ class HoulsbyConfig(BottleneckConfig):
     """Houlsby's adapters."""
 
     name: str = "houlsby"
+    learning_rate: float = 0.002
     norms: bool = True
 
 

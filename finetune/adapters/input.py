@@ -262,7 +262,7 @@ class InputAdapter(Adapter):
 
     def own_config(self) -> dict[str, Any]:
         """adapter_config.json of a method that PEFT does not have: the settings themselves."""
-        left_out = ("name", "path", "allow_other_quant")
+        left_out = ("name", "path", "allow_other_quant", "learning_rate")
         own = {key: value for key, value in asdict(self.config).items() if key not in left_out}
         return {"finetune_method": self.config.name, **json.loads(json.dumps(own))}
 

@@ -39,6 +39,7 @@ class NormTuningConfig(WeightConfig):
     target_words: ClassVar[tuple[str, ...]] = (ALL_NORMS,)
 
     name: str = "norm_tuning"
+    learning_rate: float = 0.004
     targets: Any = ALL_NORMS
 
     def check_saved(self, directory: Path) -> None:

@@ -319,9 +319,8 @@ class WeightAdapter(Adapter):
 
     def file_config(self) -> dict[str, Any]:
         """adapter_config.json of a method that PEFT does not have: the settings themselves."""
-        own = {
-            key: value for key, value in asdict(self.config).items() if key not in ("name", "path", "allow_other_quant")
-        }
+        left_out = ("name", "path", "allow_other_quant", "learning_rate")
+        own = {key: value for key, value in asdict(self.config).items() if key not in left_out}
         return {"finetune_method": self.config.name, **own}
 
     def save(self, directory: Path) -> None:

@@ -21,7 +21,7 @@ class TrainConfig:
         epochs: passes over the data; may be a fraction.
         batch_size: rows (packed: sequences) in a micro-batch, on each process.
         grad_accumulation: micro-batches in a step.
-        learning_rate: the peak.
+        learning_rate: the peak; null is the adapter's own, see `AdapterConfig.learning_rate`.
         schedule: cosine | linear | constant, after the warm-up.
         warmup_ratio: share of all steps spent rising from 0 to the peak.
         max_grad_norm: gradients are scaled down to this norm; null never.
@@ -41,7 +41,7 @@ class TrainConfig:
     epochs: float = 1.0
     batch_size: int = 8
     grad_accumulation: int = 1
-    learning_rate: float = 2e-4
+    learning_rate: float | None = None
     schedule: str = "cosine"
     warmup_ratio: float = 0.03
     max_grad_norm: float | None = 1.0

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from finetune.training.optimizers.parameter_groups import grouped
 from finetune.training.progress import Progress
 from finetune.training.protocols import Objective, Tracker, TrainResult
 from finetune.training.run_directory import RunDirectory, require_space
-from finetune.training.schedule import learning_rate
+from finetune.training.schedule import learning_rate, peak
 from finetune.training.separation import batch_maker
 from finetune.training.signals import StopSignals
 from finetune.training.state import Live, LoopState
@@ -75,6 +76,7 @@ def train(
             the loss stays non-finite, or another process failed.
     """
     group = Group(accelerator)
+    config = replace(config, learning_rate=peak(config, adapter.config.learning_rate, model))
     parameters = adapter.trainable()
     learning = grouped(parameters, adapter.learning_rate_scales())
     optimizer, note = OPTIMIZERS.build(optim, learning, config, group.device)

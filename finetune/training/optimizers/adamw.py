@@ -38,7 +38,7 @@ class AdamWConfig(OptimConfig):
     def settings(self, train: TrainConfig) -> dict[str, Any]:
         """Keyword arguments that torch's and bitsandbytes' optimizers share."""
         return {
-            "lr": train.learning_rate,
+            "lr": train.learning_rate or 0.0,  # each step sets its own
             "betas": tuple(self.betas),
             "eps": self.eps,
             "weight_decay": self.weight_decay,
