@@ -62,6 +62,8 @@ class KeyValueConfig(InputConfig):
             raise ConfigError(
                 f"adapter.init is {self.init!r}: expected {' | '.join(STARTS)}{nearest(self.init, STARTS)}"
             )
+        if not isinstance(self.reparametrise, bool):
+            raise ConfigError(f"adapter.reparametrise is {self.reparametrise!r}: expected true or false")
         if not isinstance(self.width, int) or self.width < 1:
             raise ConfigError(f"adapter.width is {self.width}: expected at least 1")
         if not self.ratio > 0:

@@ -14,7 +14,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -43,9 +43,12 @@ class KeyValues(Protocol):
 
 
 class _Seat(NamedTuple):
-    """What an attention module gets: the block's keys and values, or nothing where it is not one of them."""
+    """What an attention module gets: the block's keys and values, or nothing where it is not one of them.
 
-    source: KeyValues | None
+    The source is held weakly: it holds the model, which would then never be freed.
+    """
+
+    source: ReferenceType[KeyValues] | None
     block: int
 
 
@@ -73,7 +76,7 @@ def hooks(model: nn.Module, found: Attending, source: KeyValues) -> Iterator[Rem
         source: what its blocks get.
     """
     for module in found.modules:
-        yield _Seated(model.get_submodule(module.name), _Seat(source, module.block))
+        yield _Seated(model.get_submodule(module.name), _Seat(ReferenceType(source), module.block))
     for name in found.others:
         yield _Seated(model.get_submodule(name), _Seat(None, 0))
     configs = [getattr(model.get_submodule(module.name), "config", None) for module in found.modules]
@@ -154,15 +157,16 @@ def _attend(
     seat = _seats.get(module)
     if seat is None:
         raise RuntimeError("a copy of an adapted model cannot be run: detach the adapter, copy, and attach it anew")
-    if seat.source is not None and seat.source.enabled:
-        key_LD, value_LD = seat.source.pair(seat.block)
-        batch, length = key_BHTD.shape[0], key_LD.shape[1]
+    source = None if seat.source is None else seat.source()
+    if source is not None and source.enabled:
+        key_HLD, value_HLD = source.pair(seat.block)
+        batch, length = key_BHTD.shape[0], key_HLD.shape[1]
         # Written-out attention hides nothing by itself; the others take an absent mask for a causal one.
         causal = beneath is not None and _is_causal(module, options)
         mask = _widened(mask, query_BHSD, key_BHTD, length, causal)
         key_BHTD, value_BHTD = (
             torch.cat([trained.to(given).expand(batch, -1, -1, -1), given], dim=2)
-            for trained, given in ((key_LD, key_BHTD), (value_LD, value_BHTD))
+            for trained, given in ((key_HLD, key_BHTD), (value_HLD, value_BHTD))
         )
     return (beneath or _written_out(module))(module, query_BHSD, key_BHTD, value_BHTD, mask, *args, **options)
 
