@@ -143,14 +143,17 @@ def resolve_modules(model: nn.Module, structure: Structure, names: Sequence[str]
 def saved_whole(model: nn.Module, structure: Structure, names: Sequence[str]) -> list[str]:
     """Dotted names of the modules that `modules_to_save` of a PEFT file means.
 
-    PEFT notes the usual names of heads with every classifier, whatever the head at hand is called.
+    To PEFT, any module means whatever ends in its letters, so that `norm` is every `input_layernorm` as well
+    (`utils/other.py`, `_set_trainable`); and it notes the usual names of heads with every classifier, whatever the head
+    at hand is called.
 
     Raises:
         ConfigError: as `resolve_modules`.
     """
-    there = [name for name, _ in model.named_modules()]
+    there = [name for name, module in model.named_modules() if any(True for _ in module.parameters())]
+    found = {n: [n] if n in there else [name for name in there if name.endswith(n)] for n in names}
     return resolve_modules(
-        model, structure, [n for n in names if n not in USUAL_HEADS or any(matches(n, name) for name in there)]
+        model, structure, [full for n in names if found[n] or n not in USUAL_HEADS for full in found[n] or [n]]
     )
 
 

@@ -127,10 +127,14 @@ def method_of(config: Mapping[str, Any]) -> str:
 def task_type(structure: Structure) -> str:
     """PEFT's name for what a model gives, by which it picks its wrapper: one answer a row, a text for a text, or text.
 
-    Regression is `SEQ_CLS` too: to PEFT it is a classifier with one output.
+    Regression is `SEQ_CLS` too: to PEFT it is a classifier with one output. `FEATURE_EXTRACTION` hands through whatever
+    the model gives: hidden states where it has no head, and what a masked one says of every token, for which there is
+    no name of its own.
     """
     if structure.task_head:
         return "SEQ_CLS"
+    if structure.head is None or not any(stack.causal for stack in structure.stacks):
+        return "FEATURE_EXTRACTION"
     return "SEQ_2_SEQ_LM" if len(structure.stacks) > 1 else "CAUSAL_LM"
 
 
