@@ -117,7 +117,7 @@ def test_a_head_that_is_there_is_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("told", "task", "words"),
     [
-        ({0: "x", 1: "y", 2: "z"}, TASK, r"a head of 3 outputs \(x, y, z\), but data.train has 2 classes \(bad, good\)"),
+        ({0: "x", 1: "y", 2: "z"}, TASK, r"of 3 outputs \(x, y, z\), but data.train has 2 classes \(bad, good\)"),
         ({0: "x", 1: "y"}, TASK, r"has a head of 2 outputs \(x, y\), but data.train has 2 classes \(bad, good\)"),
         ({0: "x", 1: "y"}, Task("regression"), r"a head of 2 outputs \(x, y\), but data.train has one number a row"),
     ],
