@@ -1,10 +1,10 @@
 """Offsite-tuning on the embedded base: does what is trained through an emulator serve the full model?
 
 `python scripts/bench_offsite.py`: one block trains at either end, the middle of six is halved; the middle either as
-layers are dropped, or taught on the base's own kind of text (never on the rows of the task), or taught and packed in
-NF4. For each seed: fine-tune the emulator, plug its blocks into the base, and fine-tune the base itself in full for as
-many steps. Writes benchmarks/results/offsite.json; rows already in the file are kept, so an interrupted benchmark goes
-on where it stopped.
+layers are dropped, or taught on the base's own kind of text (never on the rows of the task), or (one seed) taught and
+packed in NF4. For each seed: fine-tune the emulator, plug its blocks into the base, and fine-tune the base itself in full for as
+many steps. Writes benchmarks/results/offsite.json and the table of docs/offsite.md; rows already in the file are kept, so
+an interrupted benchmark goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -27,16 +27,19 @@ from machine import describe_machine  # noqa: E402
 from finetune.data.config import DataConfig  # noqa: E402
 from finetune.data.pydocs import pretraining_sources  # noqa: E402
 
-RESULT = ROOT / "benchmarks" / "results" / "offsite.json"
+RESULT, PAGE = ROOT / "benchmarks" / "results" / "offsite.json", ROOT / "docs" / "offsite.md"
+START, END = "<!-- made by scripts/bench_offsite.py -->", "<!-- end -->"
 CUT = ["offsite.layers=[1,1]", "offsite.keep=0.5"]
-TEACH = ["offsite.distill_steps=200", "train.learning_rate=1e-3", "train.eval_every=null", "train.save_every=null"]
+TEACH = ["offsite.distill_steps=120", "train.learning_rate=1e-3", "train.eval_every=null", "train.save_every=null"]
 EMULATORS = {
     "layer drop": ["offsite.distill_steps=0", "offsite.verbatim=true"],
     "taught": TEACH,
     "taught, NF4": [*TEACH, "offsite.quant=nf4"],
 }
 """How the middle is made, and the settings of `finetune offsite split` for it."""
-TUNE = ["train.max_steps=120", "train.learning_rate=3e-4", "train.eval_every=120", "train.save_every=null"]
+ONCE = "taught, NF4"
+"""Made for the first seed alone."""
+TUNE = ["train.max_steps=100", "train.learning_rate=3e-4", "train.eval_every=100", "train.save_every=null"]
 QUIET = ["tracking=off", "export.formats=[]", "train.samples=0", "train.preflight=false", "quant=keep"]
 PIECE, PIECES = 1200, 4000
 """Characters of a row of the owner's text, and how many rows are taken."""
@@ -113,19 +116,32 @@ def offsite(work: Path, name: str, seed: int) -> dict[str, Any]:
     }
 
 
-def table(rows: list[dict[str, Any]], zero_shot: float) -> str:
-    """Perplexities, a line a run, and whether the order is the published one."""
-    lines = [f"base, zero shot: {math.exp(zero_shot):.2f}"]
-    for row in rows:
+def table(document: dict[str, Any]) -> str:
+    """Perplexities as a Markdown table, a line an emulator and seed, and whether their order is the published one."""
+    rows, zero_shot = document["rows"], document["zero_shot"]
+    full = {row["seed"]: row["fully_tuned"] for row in rows if row["emulator"] == "none"}
+    lines = [
+        "| emulator | seed | shipped | full, zero shot | emulator, zero shot | emulator, tuned | plugged in | fully tuned |"
+        " in order |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in sorted(rows, key=lambda row: ([*EMULATORS, "none"].index(row["emulator"]), row["seed"])):
         if row["emulator"] == "none":
-            lines.append(f"seed {row['seed']}, fully tuned: {math.exp(row['fully_tuned']):.2f}")
             continue
-        full = next(r["fully_tuned"] for r in rows if r["emulator"] == "none" and r["seed"] == row["seed"])
-        order = [zero_shot, row["emulator_tuned"], row["plugged_in"], full]
-        names = " > ".join(f"{math.exp(loss):.2f}" for loss in order)
-        verdict = "as published" if order == sorted(order, reverse=True) else "NOT in order"
-        lines.append(f"seed {row['seed']}, {row['emulator']}: {names}: {verdict}")
+        losses = [zero_shot, row["emulator_tuned"], row["plugged_in"], full[row["seed"]]]
+        order = "yes" if losses == sorted(losses, reverse=True) else "**no**"
+        shown = [f"{math.exp(loss):.2f}" for loss in [zero_shot, row["emulator_zero_shot"], *losses[1:]]]
+        megabytes = f"{row['shipped_bytes'] / 1e6:.1f} MB"
+        lines.append(f"| {' | '.join([row['emulator'], str(row['seed']), megabytes, *shown, order])} |")
     return "\n".join(lines)
+
+
+def page(text: str, document: dict[str, Any]) -> str:
+    """docs/offsite.md with the table in its place."""
+    before, start, rest = text.partition(START)
+    _, end, after = rest.partition(END)
+    assert start and end, f"{PAGE} has no place for the table"
+    return f"{before}{start}\n{table(document)}\n{end}{after}"
 
 
 def main() -> None:
@@ -141,7 +157,8 @@ def main() -> None:
         owners_text(Path(directory) / "owner.jsonl")
         for seed in range(options.seeds):
             for name in ("none", *EMULATORS):
-                if any(row["seed"] == seed and row["emulator"] == name for row in rows):
+                known = any(row["seed"] == seed and row["emulator"] == name for row in rows)
+                if known or (name == ONCE and seed > 0):
                     continue
                 work = Path(directory) / f"{seed}-{name}".replace(", ", "-").replace(" ", "-")
                 work.mkdir()
@@ -160,7 +177,8 @@ def main() -> None:
                     "settings": {"cut": CUT, "emulators": EMULATORS, "tune": TUNE},
                 }
                 RESULT.write_text(json.dumps({**described, **document}, indent=1) + "\n", "utf-8")
-    print(table(rows, document["zero_shot"]))
+    PAGE.write_text(page(PAGE.read_text("utf-8"), document), "utf-8")
+    print(table(document))
 
 
 if __name__ == "__main__":
