@@ -2,9 +2,9 @@
 
 `python scripts/bench_offsite.py`: one block trains at either end, the middle of six is halved; the middle either as
 layers are dropped, or taught on the base's own kind of text (never on the rows of the task), or (one seed) taught and
-packed in NF4. For each seed: fine-tune the emulator, plug its blocks into the base, and fine-tune the base itself in full for as
-many steps. Writes benchmarks/results/offsite.json and the table of docs/offsite.md; rows already in the file are kept, so
-an interrupted benchmark goes on where it stopped.
+packed in NF4. For each seed: fine-tune the emulator, plug its blocks into the base, and fine-tune the base itself in
+full for as many steps. Writes benchmarks/results/offsite.json and the table of docs/offsite.md; rows already in the
+file are kept, so an interrupted benchmark goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -120,11 +120,9 @@ def table(document: dict[str, Any]) -> str:
     """Perplexities as a Markdown table, a line an emulator and seed, and whether their order is the published one."""
     rows, zero_shot = document["rows"], document["zero_shot"]
     full = {row["seed"]: row["fully_tuned"] for row in rows if row["emulator"] == "none"}
-    lines = [
-        "| emulator | seed | shipped | full, zero shot | emulator, zero shot | emulator, tuned | plugged in | fully tuned |"
-        " in order |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    columns = ["emulator", "seed", "shipped", "full, zero shot", "emulator, zero shot", "emulator, tuned"]
+    columns += ["plugged in", "fully tuned", "in order"]
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     for row in sorted(rows, key=lambda row: ([*EMULATORS, "none"].index(row["emulator"]), row["seed"])):
         if row["emulator"] == "none":
             continue
