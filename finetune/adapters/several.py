@@ -152,6 +152,8 @@ class Adapters(Mapping[str, Adapter]):
             self[name].save(Path(directory))
 
     def _check_new(self, name: str) -> None:
+        if not name or Path(name).name != name or name == "..":
+            raise ConfigError(f"{name!r} names no adapter: expected a plain name, which is that of a directory too")
         if name in self._held:
             raise ConfigError(f"an adapter is called {name!r} already: remove it first, or choose another name")
 

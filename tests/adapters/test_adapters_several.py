@@ -243,6 +243,7 @@ def test_a_refusal_keeps_what_was_in_use(tmp_path: Path) -> None:
     moved(adapters.attach("low", LORA))
     before = logits(model)
     attempts = {
+        "'a/b' names no adapter": lambda: adapters.attach("a/b", IA3),
         "an adapter is called 'low' already": lambda: adapters.attach("low", IA3),
         "matches no projection": lambda: adapters.attach("x", LoRAConfig(targets=["q_prj"])),
         "is not a directory": lambda: adapters.attach("x", LoRAConfig(path=str(tmp_path / "none"))),
