@@ -209,16 +209,9 @@ class KeyValueAdapter(InputAdapter):
     def check_settings(self, directory: Path, saved: Mapping[str, Any]) -> None:
         """Refuse other shapes, and what we do not compute."""
         peft_prompts.read_saved(directory, METHOD)
-        mine = self.file_config()
-        for key in (
-            "num_virtual_tokens",
-            "token_dim",
-            "num_layers",
-            "num_attention_heads",
-            "num_transformer_submodules",
-        ):
-            if saved.get(key) != mine[key]:
-                raise ModelError(f"adapter {directory} has {key} {saved.get(key)}, but here it is {mine[key]}")
+        for key, mine in self.file_config().items():
+            if key in SHAPE and saved.get(key) != mine:
+                raise ModelError(f"adapter {directory} has {key} {saved.get(key)}, but here it is {mine}")
 
     def file_config(self) -> dict[str, Any]:
         """adapter_config.json as stock PEFT reads it: without projection, because what is saved came out of it."""
