@@ -45,6 +45,7 @@ class LayersConfig(AdapterConfig):
     """
 
     name: str = "layers"
+    learning_rate: float = 1e-3
     # OmegaConf has no type for "a word or a list of numbers".
     layers: Any = AUTO
 
@@ -217,7 +218,7 @@ class LayersAdapter(WeightAdapter):
 
     def file_config(self) -> dict[str, Any]:
         """The blocks' numbers and, for those of an emulator, where they belong."""
-        own = {"finetune_method": self.config.name, "layers": self.layers, "dtype": self.config.dtype}
+        own: dict[str, Any] = {"finetune_method": self.config.name, "layers": self.layers, "dtype": self.config.dtype}
         whole = [name for name in self.copies if name not in self.parts]
         origin = {} if self.emulator is None else {"offsite": vars(self.emulator)}
         return own | {"train_also": whole} | origin

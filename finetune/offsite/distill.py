@@ -138,6 +138,7 @@ def distill(
         UserError: for data that cannot be used, and whatever stops the loop.
     """
     from finetune.training.loop import train as loop
+    from finetune.training.schedule import peak
     from finetune.training.trackers.off import Off
 
     rows = prepare(data, emulator.tokenizer, context=context_length(model), seed=seed)
@@ -145,15 +146,9 @@ def distill(
     adapter = attach(emulator.model, LayersConfig(layers=cut.middle))
     dtypes = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
     settings = replace(train, max_steps=offsite.distill_steps, dtype=dtypes[emulator.model.dtype])  # type: ignore[index]
-    last = cut.middle[-1]
-    objective = Distillation(
-        emulator.model,
-        full.model,
-        cut.names[last],
-        cut.full_middle()[-1],
-        lm_weight=offsite.lm_weight,
-        kd_weight=offsite.kd_weight,
-    )
+    last_blocks = cut.names[cut.middle[-1]], cut.full_middle()[-1]
+    lm_weight, kd_weight = offsite.lm_weight, offsite.kd_weight
+    objective = Distillation(emulator.model, full.model, *last_blocks, lm_weight=lm_weight, kd_weight=kd_weight)
     result = loop(
         emulator.model,
         adapter,
@@ -170,13 +165,8 @@ def distill(
         max_length=rows.report.max_length,
         seed=seed,
     )
-    record = {
-        "steps": result.steps,
-        "learning_rate": settings.learning_rate,
-        "lm_weight": offsite.lm_weight,
-        "kd_weight": offsite.kd_weight,
-        "data": str(data.train),
-        "loss_first": result.first_eval,
-        "loss_best": result.best_eval,
-    }
+    rate = peak(settings, adapter.config.learning_rate, emulator.model)
+    record = {"steps": result.steps, "data": str(data.train), "learning_rate": rate}
+    record |= {"lm_weight": lm_weight, "kd_weight": kd_weight}
+    record |= {"loss_first": result.first_eval, "loss_best": result.best_eval}
     return Distilled(adapter, record, result.status, result.signal)

@@ -36,7 +36,8 @@ def plug(job: Job, adapter: str | None) -> int:
     directory = Path(adapter)
     emulator, blocks = returned(directory)
     dtype = stored_dtype(job.model, check_path(job.model))
-    full = load(job.model, DenseConfig(), dtype, job.device if job.device != "auto" else "cpu")
+    device = "cpu" if job.device == "auto" else job.device  # nothing is computed
+    full = load(job.model, DenseConfig(), dtype, device)
     check_full(directory, emulator, job.model.path, full.digests["base"])
     attached = put_in(full.model, directory, emulator, blocks)
     with published(target) as work:

@@ -143,6 +143,7 @@ def _make(job: Job, cut: Cut, dtype: Any, work: Path) -> int:
     config: Any = emulator.model.config
     config._name_or_path = ""  # the plain cut, which is gone
     source = source_of(emulator, distilled.adapter if distilled else None, dtype, job.max_shard_gb)
+    source = replace(source, base_path=full.base_path)  # where Python of its own would be
     write_emulator(source, cut, quant, middle, work, round_rest=distilled is None)
     middle.judge(cut, job.offsite.verbatim)
     record = Emulator(
