@@ -18,6 +18,7 @@ from finetune.adapters.houlsby import HoulsbyConfig
 from finetune.adapters.ia3 import IA3Config
 from finetune.adapters.lora import LoRAConfig
 from finetune.adapters.lora_plus import LoRAPlusConfig
+from finetune.adapters.mounting import Mounted
 from finetune.adapters.norm_tuning import NormTuningConfig
 from finetune.adapters.prefix import PrefixConfig
 from finetune.adapters.prompt_tuning import PromptTuningConfig
@@ -144,6 +145,16 @@ def test_a_stack_is_its_later_parts_on_what_the_earlier_made(family: str, quant:
     model.train()
     loss(model).backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in stack.trainable().values())
+
+
+def test_what_is_out_of_use_holds_on_to_nothing() -> None:
+    adapters = Adapters(frozen("llama"))
+    adapters.attach("low", LORA)
+    scaled = adapters.attach("scaled", IA3)
+    adapters.use("low", "scaled")
+    assert any(isinstance(module.base, Mounted) for module in scaled.places().values())
+    adapters.use("low")
+    assert not any(isinstance(module.base, Mounted) for module in scaled.places().values())
 
 
 def test_the_order_is_what_was_asked_for() -> None:
