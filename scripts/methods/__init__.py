@@ -1,0 +1,1 @@
+"""What scripts/bench_methods.py is made of."""

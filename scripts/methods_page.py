@@ -1,0 +1,112 @@
+"""Write the table of methods into docs/methods.md from its results: `python scripts/methods_page.py`.
+
+Everything between the two markers is made of benchmarks/results/methods.json; a test compares the two.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+SCRIPTS = Path(__file__).parent
+sys.path[:0] = [str(SCRIPTS), str(SCRIPTS.parent)]
+from methods import grid  # noqa: E402
+from methods.tasks import TASKS, Task  # noqa: E402
+
+PAGE = SCRIPTS.parent / "docs" / "methods.md"
+RESULTS = SCRIPTS.parent / "benchmarks" / "results" / "methods.json"
+BEGIN = "<!-- made by scripts/methods_page.py from benchmarks/results/methods.json -->"
+END = "<!-- end of what scripts/methods_page.py makes -->"
+MISSING = "missing"
+REFERENCE = "lora"
+INTRODUCTION = (
+    "Each run is {steps} steps on one CPU thread, on the embedded base (E2E, WikiSQL) or all-MiniLM-L6-v2 (SST-2, CoLA),"
+    " at the method's own learning rate and the rest at its defaults. The rate is the best of three, {tries} steps each,"
+    " on development rows of E2E and SST-2. What is shown is of test rows: mean ± largest distance from it over three"
+    " seeds on NF4, one seed elsewhere. *Of LoRA's* is the fall of the development loss as a share of LoRA's. Memory is"
+    " the peak above the imports, seconds are of the CPU in training, both of NF4. `python scripts/bench_methods.py`"
+    " fills in what is missing."
+)
+
+
+def section(rows: list[dict[str, Any]], names: list[str]) -> str:
+    """What stands between the markers."""
+    lines = [INTRODUCTION.format(steps=grid.STEPS, tries=grid.SEARCH_STEPS), ""]
+    for name, task in TASKS.items():
+        mine = [row for row in rows if row["phase"] == "final" and row["task"] == name]
+        lines += [*_table(task, mine, names, rows), ""]
+    return "\n".join(lines)
+
+
+def _table(task: Task, rows: list[dict[str, Any]], names: list[str], every: list[dict[str, Any]]) -> list[str]:
+    head = f"| {task.title}, {task.unit} | rate | weights | NF4 | dense | int8 | of LoRA's | MB | s |"
+    lines = [head, "| --- |" + " ---: |" * 8]
+    lora = _falls(rows, REFERENCE)
+    for method in names:
+        rate = grid.choose(method, every)
+        mine = [row for row in rows if row["method"] == method and row["learning_rate"] == rate]
+        lines.append(f"| `{method}` | {rate if rate is not None else MISSING} | {_cells(task, mine, lora)} |")
+    return lines
+
+
+def _cells(task: Task, rows: list[dict[str, Any]], lora: list[float]) -> str:
+    refused = [row for row in rows if "refused" in row]
+    if refused:
+        return " | ".join(["cannot carry it", *["—"] * 6])
+    measured = [row for row in rows if row["quant"] == "nf4" and task.metric in row]
+    weights = f"{measured[0]['trainable']:,}" if measured else MISSING
+    memory = f"{statistics.median(r['peak_memory_bytes'] for r in measured) / 1e6:.0f}" if measured else MISSING
+    seconds = f"{statistics.median(r['cpu_seconds'] for r in measured):.0f}" if measured else MISSING
+    falls = [grid.fall(row) for row in measured]
+    share = f"{statistics.mean(falls) / statistics.mean(lora):.0%}" if falls and lora else MISSING
+    metrics = [_metric(task, [r for r in rows if r["quant"] == quant], want) for quant, want in _wanted().items()]
+    return " | ".join([weights, *metrics, share, memory, seconds])
+
+
+def _wanted() -> dict[str, int]:
+    """Runs of each base, in the order of the columns."""
+    return {quant: sum(q == quant for q, _ in grid.CELLS) for quant in ("nf4", "none", "int8")}
+
+
+def _metric(task: Task, rows: list[dict[str, Any]], want: int) -> str:
+    found = [100 * row[task.metric] for row in rows if row.get(task.metric) is not None]
+    diverged = sum("diverged" in row for row in rows)
+    if not found:
+        return "diverged" if diverged else MISSING
+    mean = statistics.mean(found)
+    spread = f" ± {max(abs(value - mean) for value in found):.1f}" if len(found) > 1 else ""
+    lacking = want - len(found)
+    return f"{mean:.1f}{spread}" + (f" ({lacking} {'diverged' if diverged else MISSING})" if lacking else "")
+
+
+def _falls(rows: list[dict[str, Any]], method: str) -> list[float]:
+    return [
+        grid.fall(row)
+        for row in rows
+        if (row["method"], row["quant"]) == (method, "nf4") and "refused" not in row and "dev_loss" in row
+    ]
+
+
+def page(text: str, rows: list[dict[str, Any]], names: list[str]) -> str:
+    """The page with its section made anew.
+
+    Raises:
+        ValueError: where it has no markers.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"docs/methods.md lacks the markers {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n\n{section(rows, names)}\n{END}{after}"
+
+
+def read_rows() -> list[dict[str, Any]]:
+    """The committed rows; none before there are results."""
+    return list(json.loads(RESULTS.read_text("utf-8"))["rows"]) if RESULTS.is_file() else []
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(PAGE.read_text("utf-8"), read_rows(), grid.methods()), "utf-8")
