@@ -23,7 +23,7 @@ class LoRAPlusConfig(LoRAConfig):
     """LoRA's settings and the ratio.
 
     Attributes:
-        ratio: learning rate of B over that of A, which is train.learning_rate.
+        ratio: learning rate of B over that of A, which is the run's.
     """
 
     name: str = "lora_plus"
