@@ -105,6 +105,13 @@ class Adapters(several.Adapters):
         config.read_tokenizer(known.loaded.tokenizer)
         return super().attach(name, config)
 
+    def save(self, name: str, directory: str | Path) -> None:
+        """Write one adapter, in use or not, with its origin and the tokenizer, replacing an older one."""
+        from finetune.export.adapter import save_adapter
+
+        with self.only(name):
+            save_adapter(self[name], _of(self.model).loaded, Path(directory))
+
     def _originals(self) -> Originals | None:
         return _of(self.model).loaded.originals  # type: ignore[no-any-return]
 

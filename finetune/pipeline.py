@@ -167,7 +167,7 @@ class Runner:
         torch.manual_seed(config.seed)
         start = self.run.path / "start"
         adapter = config.adapter
-        if self.run.resumed and not adapter.starts() and start.is_dir():
+        if self.run.resumed and adapter.path is None and start.is_dir():
             adapter = replace(adapter, path=str(start))
         adapter.read_tokenizer(self.loaded.tokenizer)
         self.adapter = attach(self.loaded.model, adapter, self.loaded.originals)
@@ -207,6 +207,7 @@ class Runner:
                 context=context,
                 seed=self.config.seed,
                 labelling=labelling,
+                pairs=self.loaded.task.kind == "seq2seq",
             )
         if self.data.template:
             self.loaded.tokenizer.chat_template = self.data.template

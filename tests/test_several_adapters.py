@@ -78,6 +78,9 @@ def test_named_adapters_train_in_turn_and_combine(
     assert done.stdout.splitlines()[-1] == str(output) and "rank 8: exact" in done.stdout
     adapters.attach("combined", ft.LoRAConfig(path=str(output)))
     assert capsys.readouterr().out == "", "the combination has the origin of its parts"
+    adapters.save("combined", tmp_path / "saved")
+    origins = [json.loads((d / "finetune.json").read_text("utf-8")) for d in (output, tmp_path / "saved")]
+    assert origins[0] == origins[1] and (tmp_path / "saved" / "tokenizer.json").is_file()
     other, _ = ft.load("embedded", quant=ft.Int4Config())
     with pytest.raises(ft.UserError, match=r"trained with another quantization: .*; set quant as it was"):
         ft.Adapters(other).attach("combined", ft.LoRAConfig(path=str(output)))
