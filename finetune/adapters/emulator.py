@@ -30,7 +30,7 @@ class Emulator:
         kept: which blocks of the full model the middle is made of, by their number there.
         distilled: how the middle was taught to stand for the full one; None where it was not.
         quant: the storage of the middle by its settings; None where it is dense.
-        verbatim: whether the owner allowed blocks of the middle to be shipped as they are.
+        verbatim: whether weights of the middle were shipped exactly as they are, as plain layer drop does.
     """
 
     full: str
