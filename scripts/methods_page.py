@@ -23,12 +23,12 @@ END = "<!-- end of what scripts/methods_page.py makes -->"
 MISSING = "missing"
 REFERENCE = "lora"
 INTRODUCTION = (
-    "Each run is {steps} steps on one CPU thread, on the embedded base (E2E, WikiSQL) or all-MiniLM-L6-v2 (SST-2,"
-    " CoLA), at the method's own learning rate and the rest at its defaults. The rate is the best of three,"
-    " {tries} steps each, on development rows of E2E and SST-2. What is shown is of test rows: mean ± largest"
-    " distance from it over three seeds on NF4, one seed elsewhere. *Of LoRA's* is the fall of the development"
-    " loss as a share of LoRA's. Memory is the peak above the imports, seconds are of the CPU in training, both of"
-    " NF4. `python scripts/bench_methods.py` fills in what is missing."
+    "Each run is {steps} steps on one CPU thread, on the embedded base (E2E, WikiSQL) or all-MiniLM-L6-v2"
+    " (SST-2, CoLA), at the method's own learning rate and the rest at its defaults (bitfit: bias=all). The"
+    " rate is the best of three, {tries} steps each, on development rows of E2E and SST-2. What is shown is of"
+    " test rows: mean ± largest distance from it over three seeds on NF4, one seed elsewhere. *Of LoRA's* is"
+    " the fall of the development loss as a share of LoRA's. Memory is the peak above the imports, seconds are"
+    " of the CPU in training, both of NF4. `python scripts/bench_methods.py` fills in what is missing."
 )
 
 

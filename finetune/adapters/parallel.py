@@ -87,6 +87,8 @@ class Passage:
 class Entrance(AdaptedWeight):
     """The first projection of a feed-forward; what the projection offers besides is read through."""
 
+    over: ClassVar[bool] = True
+
     def __init__(self, base: nn.Module, passage: Passage) -> None:
         super().__init__(base)  # type: ignore[arg-type]
         self.passage = passage

@@ -29,6 +29,8 @@ RATES: dict[str, tuple[float, float, float]] = {
 """Three rates a method, four times apart, for a base of hidden size 256; a method without a line here takes LoRA's."""
 LEFT_OUT = {"stack": "several methods at once", "layers": "whole blocks, for offsite-tuning"}
 """Registered, but no method of the table, and why."""
+EXTRA = {"bitfit": ("adapter.bias=all",)}
+"""What a method needs besides its defaults on the bases here: the embedded one has no biases."""
 SEARCHED = ("e2e", "sst2")
 """Tasks that a rate is chosen on, by the loss of their development rows."""
 SEARCH_STEPS, STEPS = 60, 150
