@@ -10,7 +10,6 @@ and loads alone.
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,13 +17,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from finetune.adapters import peft_format
 from finetune.adapters.base import ADAPTERS, Adapter, AdapterConfig, Originals
-from finetune.adapters.full_copy import FullCopy
-from finetune.adapters.mounting import Mounted, check_bare
+from finetune.adapters.meeting import check_parts, share_heads
+from finetune.adapters.mounting import check_bare
 from finetune.adapters.parts import labels, read_part, stray_keys
 from finetune.errors import ConfigError, ModelError
 from finetune.quant.base import QuantConfig
@@ -279,58 +277,6 @@ class Stack(Adapter):
             raise ModelError(f"adapter {directory} is a stack of {theirs}: expected {ours}")
         for label, part in zip(self.members, self._alone(), strict=True):
             part.load(directory / label)
-
-
-def check_parts(parts: Mapping[str, Adapter], task_head: Sequence[str] = ()) -> None:
-    """Refuse parts that cannot stand in one model.
-
-    Args:
-        parts: in order, each over those before it.
-        task_head: modules that train beside every adapter, which all parts share.
-
-    Raises:
-        ConfigError: for the first two that meet where they cannot, naming both and the place.
-    """
-    for (first, below), (second, above) in itertools.combinations(parts.items(), 2):
-        inner, outer = below.places(), above.places()
-        for place in sorted(outer.keys() & inner.keys() - {*task_head}):
-            if not _over(outer[place], inner[place]):
-                turned = f", or put {second} before {first}" if _over(inner[place], outer[place]) else ""
-                raise ConfigError(
-                    f"adapter=stack: {second} cannot stand over {first} at {place}: leave it out of one of them{turned}"
-                )
-        for whole, other in ((inner, outer), (outer, inner)):
-            copied = tuple(f"{place}." for place, module in whole.items() if isinstance(module, FullCopy))
-            inside = next((place for place in other if copied and place.startswith(copied)), None)
-            if inside is not None:
-                raise ConfigError(
-                    f"adapter=stack: {first} and {second} meet at {inside}, inside of what one of them trains whole:"
-                    f" leave it out of one of them"
-                )
-
-
-def _over(above: Mounted, below: Mounted) -> bool:
-    """Whether one adapter's module may stand over another's."""
-    return above.over and below.under
-
-
-def share_heads(parts: Mapping[str, Adapter], task_head: Sequence[str]) -> None:
-    """Let all parts train the first one's head for the task.
-
-    Raises:
-        ConfigError: where they have learnt different ones.
-    """
-    for name in task_head:
-        owners = [(label, part) for label, part in parts.items() if name in part.copies]
-        for label, part in owners[1:]:
-            first, head = owners[0][0], owners[0][1].copies[name]
-            mine = dict(part.copies[name].trains())
-            if any(not torch.equal(tensor.cpu(), mine[leaf].cpu()) for leaf, tensor in head.trains()):
-                raise ConfigError(
-                    f"adapter=stack: {first} and {label} have learnt different heads {name}: use one of them at a time"
-                )
-        for _, part in owners[1:]:
-            part.take_over(name, owners[0][1].copies[name])
 
 
 def saved_methods(directory: Path) -> dict[str, str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters_models import FAMILIES, bits, config_for, dense_twin, frozen, logits, loss, randomize
+from adapters_models import FAMILIES, bits, config_for, dense_twin, frozen, logits, loss, make, randomize
 from torch import nn
 
 from finetune.adapters.attach import attach
@@ -225,6 +225,13 @@ def test_a_head_made_for_the_task_trains_in_all_parts_as_one(tmp_path: Path) -> 
     with pytest.raises(ConfigError, match="low and third have learnt different heads classifier: use one of them"):
         adapters.use("low", "third")
     assert adapters.using == ("third",)
+
+
+def test_a_stack_fits_a_model_without_weights() -> None:
+    with torch.device("meta"):
+        model = make("bert")
+        stack = attach(model, StackConfig(parts=[LORA, {"name": "ia3", "dtype": "bf16"}, NormTuningConfig()]))
+    assert {p.device.type for p in stack.trainable().values()} == {"meta"}
 
 
 REFUSED = {
