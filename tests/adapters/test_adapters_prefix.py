@@ -247,7 +247,7 @@ def test_detached_restores_everything(family: str, tmp_path: Path) -> None:
 
 def test_our_own_attention_and_rotation_stay_in_use() -> None:
     from finetune.model.exchange import exchange, why_not
-    from finetune.model.fused_modules import FusedRotaryAttention
+    from finetune.model.fused_modules import FusedRotaryAttention, _ours
 
     def fused() -> nn.Module:
         torch.manual_seed(0)
@@ -268,6 +268,7 @@ def test_our_own_attention_and_rotation_stay_in_use() -> None:
     with adapter.disabled():
         assert torch.equal(bits(said(model)), bits(wanted))
     assert name in model.config._attn_implementation
+    assert _ours(model.config._attn_implementation) is not None
     torch.manual_seed(3)
     twin = attach(plain, PrefixConfig(prefix_length=L, width=16))
     with torch.no_grad():
@@ -308,8 +309,31 @@ def test_the_start_is_what_the_base_keeps_of_a_text() -> None:
     assert (said(model) - whole).abs().max() <= 2e-5
 
 
-def test_dtypes_and_models_without_weights() -> None:
-    model = frozen("llama").to(torch.bfloat16)
+def test_a_mask_that_is_absent_means_what_it_means_beneath() -> None:
+    """Written-out attention hides nothing by itself; torch's, of a causal module, what follows a query."""
+    from transformers import AttentionInterface
+
+    for attention in ("eager", "sdpa"):
+        model, adapter = prefixed("llama", attention)
+        module, query = model.model.layers[0].self_attn, torch.randn(1, 4, 6, 16)
+        key, value = torch.randn(2, 1, 2, 6, 16)
+        attend = AttentionInterface()[model.config._attn_implementation]
+        found, _ = attend(module, query, key, value, None, scaling=0.25)
+        first, second = adapter.pair(0)
+        keys, values = torch.cat([first[None], key], 2), torch.cat([second[None], value], 2)
+        mask = torch.cat([torch.ones(6, L), torch.ones(6, 6).tril() if attention == "sdpa" else torch.ones(6, 6)], 1)
+        wanted = F.scaled_dot_product_attention(query, keys, values, mask.bool(), scale=0.25, enable_gqa=True)
+        assert (found - wanted.transpose(1, 2)).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_dtypes_and_models_without_weights(family: str) -> None:
+    model = frozen(family).to(torch.bfloat16)
+    adapter = attach(model, PTuningV2Config(prefix_length=L))
+    model.generate(ids(), max_new_tokens=3, pad_token_id=0)
+    loss(model).backward()
+    assert {p.grad.dtype for p in adapter.trainable().values()} == {torch.float32}
+    adapter.unmount()
     adapter = attach(model, PTuningV2Config(prefix_length=L, dtype="bf16"))
     assert {p.dtype for p in adapter.trainable().values()} == {torch.bfloat16}
     loss(model).backward()
@@ -317,7 +341,7 @@ def test_dtypes_and_models_without_weights() -> None:
     with torch.device("meta"):
         bare = type(model)(model.config)
         assert all(p.is_meta for p in attach(bare, PrefixConfig()).trainable().values())
-    assert model.config._attn_implementation.startswith("finetune_key_value_")
+    assert said(model).dtype == torch.bfloat16
 
 
 def test_attention_of_all_blocks_is_found_by_experiment() -> None:
