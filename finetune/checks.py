@@ -179,4 +179,4 @@ def export_fault(form: Format, adapter: Adapter | None) -> str:
         return f"it cannot be merged, because {adapter.obstacle}"
     if form.loader == "peft" and adapter.members:
         return "PEFT opens one adapter at a time; adapter/ has a directory for each part"
-    return "PEFT has no such method" if form.loader == "peft" and not adapter.in_peft else ""
+    return adapter.peft_obstacle if form.loader == "peft" else ""

@@ -132,6 +132,11 @@ class Adapter(ABC):
         """Whether PEFT has the method, so that stock PEFT opens what `save` writes."""
         return False
 
+    @property
+    def peft_obstacle(self) -> str:
+        """Why `in_peft` is false, as a sentence; empty where it is true."""
+        return "" if self.in_peft else "PEFT has no such method"
+
     def initialise(self, originals: Originals | None = None) -> None:
         """Find the initial values that depend on the base's weights; `attach` calls it once, where no saved adapter is
         loaded. Most methods have none.

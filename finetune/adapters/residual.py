@@ -105,6 +105,13 @@ class ResidualAdapter(LoRAAdapter):
         return self._remark
 
     @property
+    def peft_obstacle(self) -> str:
+        """PEFT knows no residual base."""
+        few = self.config.fewest
+        words = f"PEFT knows no residual base, which adapter.iterations={few} does without"
+        return words if self.residuals else super().peft_obstacle
+
+    @property
     def keeps_start(self) -> bool:
         """Where there is a residual base."""
         return bool(self.residuals)
