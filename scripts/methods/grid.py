@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from methods.tasks import TASKS
+
 Job = dict[str, Any]
 
 RATES: dict[str, tuple[float, float, float]] = {
@@ -34,15 +36,30 @@ EXTRA = {"bitfit": ("adapter.bias=all",)}
 SEARCHED = ("e2e", "sst2")
 """Tasks that a rate is chosen on, by the loss of their development rows."""
 SEARCH_STEPS, STEPS = 60, 150
+PEFT, OURS = "peft_lora", "lora"
+"""PEFT's LoRA, on the dense base alone, and what it is compared with there."""
 CELLS = (("nf4", 0), ("none", 0), ("int8", 0), ("nf4", 1), ("nf4", 2))
 """Base and seed of the runs that are reported."""
+DENSE = (("none", 0), ("none", 1), ("none", 2))
 
 
 def methods() -> list[str]:
-    """Every registered method but those left out."""
+    """Every registered method but those left out, and PEFT's LoRA."""
     from finetune.adapters.base import ADAPTERS
 
-    return [name for name in ADAPTERS.types() if name not in LEFT_OUT]
+    return [*(name for name in ADAPTERS.types() if name not in LEFT_OUT), PEFT]
+
+
+def carried(method: str, task: str) -> bool:
+    """Whether a method has rows of a task: PEFT's LoRA is there for the tasks of text."""
+    return method != PEFT or not TASKS[task].encoder
+
+
+def cells(method: str) -> tuple[tuple[str, int], ...]:
+    """Base and seed of a method's runs."""
+    if method == PEFT:
+        return DENSE
+    return (*CELLS, *DENSE[1:]) if method == OURS else CELLS
 
 
 def rates(method: str) -> tuple[float, ...]:
@@ -52,8 +69,13 @@ def rates(method: str) -> tuple[float, ...]:
 
 def searches(task: str, names: list[str]) -> list[Job]:
     """The runs that a rate is chosen by: the same number for every method."""
-    common = {"phase": "search", "task": task, "quant": "nf4", "seed": 0, "steps": SEARCH_STEPS}
-    return [{**common, "method": name, "learning_rate": rates(name)[place]} for place in (1, 0, 2) for name in names]
+    common = {"phase": "search", "task": task, "steps": SEARCH_STEPS}
+    return [
+        {**common, "method": name, "quant": cells(name)[0][0], "seed": 0, "learning_rate": rates(name)[place]}
+        for place in (1, 0, 2)
+        for name in names
+        if carried(name, task)
+    ]
 
 
 def finals(task: str, names: list[str], rows: list[Job]) -> list[Job]:
@@ -62,9 +84,10 @@ def finals(task: str, names: list[str], rows: list[Job]) -> list[Job]:
     chosen = {name: choose(name, rows) for name in names}
     return [
         {**common, "method": name, "quant": quant, "seed": seed, "learning_rate": chosen[name]}
-        for quant, seed in CELLS
+        for turn in range(len(CELLS) + len(DENSE))
         for name in names
-        if chosen[name] is not None
+        for quant, seed in cells(name)[turn : turn + 1]
+        if chosen[name] is not None and carried(name, task)
     ]
 
 
@@ -89,6 +112,8 @@ def choose(method: str, rows: list[Job]) -> float | None:
     scores = dict.fromkeys(tried, 0.0)
     searched = {row["task"] for row in rows if row["phase"] == "search"}
     for task in searched:
+        if not carried(method, task):
+            continue
         mine = [r for r in rows if (r["phase"], r["task"], r["method"]) == ("search", task, method)]
         if any("refused" in row for row in mine):
             continue

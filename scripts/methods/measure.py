@@ -18,7 +18,8 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT)]
 from methods.bleu import bleu, words  # noqa: E402
-from methods.grid import EXTRA  # noqa: E402
+from methods.grid import EXTRA, OURS, PEFT  # noqa: E402
+from methods.peft_lora import take_place  # noqa: E402
 from methods.tasks import TASKS, Task, write_rows  # noqa: E402
 
 COMMON = (
@@ -34,7 +35,8 @@ LONGEST = 56
 def overrides_of(job: dict[str, Any], task: Task, files: dict[str, Path], folder: Path) -> list[str]:
     """What the run is asked for on the command line."""
     own = [
-        f"adapter={job['method']}", f"quant={job['quant']}", f"seed={job['seed']}", f"output_dir={folder / 'run'}",
+        f"adapter={OURS if job['method'] == PEFT else job['method']}", f"quant={job['quant']}", f"seed={job['seed']}",
+        f"output_dir={folder / 'run'}",
         f"data.train={files['train']}", f"data.eval={files['dev']}", f"train.max_steps={job['steps']}",
         f"train.eval_every={job['steps']}", "data.cache_dir=" + str(folder / "cache"),
     ]  # fmt: skip
@@ -54,7 +56,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as place:
         folder, task = Path(place), TASKS[job["task"]]
         files = write_rows(task, Path(job["data"]), folder)
-        with trained(overrides_of(job, task, files, folder)) as (runner, result):
+        with trained(overrides_of(job, task, files, folder), by_peft=job["method"] == PEFT) as (runner, result):
             phases = runner.run.record["phases"]
             row: dict[str, Any] = {
                 "dev_loss_first": result.first_eval,
@@ -69,7 +71,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def trained(overrides: list[str]) -> Iterator[tuple[Any, Any]]:
+def trained(overrides: list[str], by_peft: bool) -> Iterator[tuple[Any, Any]]:
     """A run from its command line to its last step."""
     from finetune.compose import compose_config
     from finetune.config import to_run_config
@@ -83,6 +85,8 @@ def trained(overrides: list[str]) -> Iterator[tuple[Any, Any]]:
         runner: Any = Runner(config, tree, make_accelerator(config.device), directory)
         with directory.phase("load"):
             runner.load()
+            if by_peft:
+                take_place(runner)
         with directory.phase("data"):
             runner.prepare()
         runner.track()
