@@ -19,6 +19,7 @@ from finetune.adapters.base import ADAPTERS, AdapterConfig
 from finetune.atomic import write_text
 from finetune.data.config import DataConfig
 from finetune.data.labels import for_labels, refuse_labels
+from finetune.data.pairs import check_pairs
 from finetune.errors import ConfigError, nearest
 from finetune.export.config import ExportConfig
 from finetune.model.config import ModelConfig
@@ -94,6 +95,8 @@ class RunConfig:
             self.data = for_labels(self.data, self.objective.name)
         else:
             refuse_labels(self.data)
+        if self.objective.task == "seq2seq":
+            check_pairs(self.data, self.objective.name)
 
 
 def register_schemas() -> None:

@@ -18,7 +18,7 @@ def answer(model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]], m
     compares should not.
 
     Args:
-        model: a transformers causal LM, adapted or not.
+        model: a transformers causal LM, or an encoder and a decoder, adapted or not.
         tokenizer: its tokenizer.
         prompts: token ids as they are fed, with whatever the chat template and the tokenizer put around the text.
         max_new_tokens: the longest answer, in tokens.
@@ -37,7 +37,8 @@ def answer(model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]], m
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
         )
-        answers.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip())
+        begins = 1 if model.config.is_encoder_decoder else ids.shape[1]  # type: ignore[union-attr]
+        answers.append(tokenizer.decode(out[0, begins:], skip_special_tokens=True).strip())
     model.train(was_training)
     return answers
 

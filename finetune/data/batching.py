@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from finetune.data.packing import pack
-from finetune.data.rows import IGNORE, Batch, TokenRows
+from finetune.data.rows import IGNORE, Batch, PairBatch, TokenRows
 
 Sequences = list[list[int]]
 """A micro-batch: sequences, each a list of row indices, one unless packed."""
@@ -60,6 +60,8 @@ def collate(rows: TokenRows, micro_batch: Sequence[Sequence[int]], pad_id: int, 
         pad_id: any token; its label is IGNORE and no row attends to it.
         multiple: `LENGTH_STEP` where many batches are run, so that their shapes repeat.
     """
+    if rows.sources is not None:
+        return _collate_pairs(rows, [index for sequence in micro_batch for index in sequence], pad_id, multiple)
     packed = any(len(sequence) > 1 for sequence in micro_batch)
     assert not packed or rows.targets is None, "rows with a target are never packed"
     lengths = [sum(len(rows[i].input_ids) for i in sequence) for sequence in micro_batch]
@@ -95,6 +97,21 @@ def collate(rows: TokenRows, micro_batch: Sequence[Sequence[int]], pad_id: int, 
         targets_B,
         None if types_BS is None else torch.from_numpy(types_BS),
     )
+
+
+def _collate_pairs(rows: TokenRows, indices: Sequence[int], pad_id: int, multiple: int) -> PairBatch:
+    """Rows of an encoder and its decoder: what is read and what is written, each padded on the right by itself."""
+    chosen = [rows[index] for index in indices]
+    read = [row.input_ids[: row.source] for row in chosen]
+    written = [row.labels[row.source :] for row in chosen]
+    read_S, written_T = (-(-max(map(len, side)) // multiple) * multiple for side in (read, written))
+    ids_BS, mask_BS = np.full((len(chosen), read_S), pad_id, np.int64), np.zeros((len(chosen), read_S), np.int64)
+    labels_BT = np.full((len(chosen), written_T), IGNORE, np.int64)
+    for b, (source, target) in enumerate(zip(read, written, strict=True)):
+        ids_BS[b, : len(source)], mask_BS[b, : len(source)] = source, 1
+        labels_BT[b, : len(target)] = target
+    positions_BT = np.tile(np.arange(written_T), (len(chosen), 1))
+    return PairBatch(*map(torch.from_numpy, (ids_BS, labels_BT, positions_BT, mask_BS)))
 
 
 def eval_batches(rows: TokenRows, batch_size: int, pad_id: int) -> Iterator[Batch]:

@@ -21,8 +21,8 @@ FORMAT_VERSION = 1
 """Raised whenever the same inputs give other tokens, labels or metadata."""
 
 _ARRAYS = ("input_ids", "labels", "offsets")
-_MORE = ("targets", "token_types")
-"""Arrays that only rows with a label have."""
+_MORE = ("targets", "token_types", "sources")
+"""Arrays that only rows with a label have, or those of an encoder and a decoder."""
 
 
 def cache_directory(configured: str | None) -> Path:

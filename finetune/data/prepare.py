@@ -65,11 +65,12 @@ class _Plan:
     max_length: int
     seed: int
     labelling: Labelling | None = None
+    pairs: bool = False
     notes: list[str] = field(default_factory=list)
 
     def recipe(self) -> Recipe:
         """How rows are tokenized."""
-        return Recipe(self.config, self.tokenizer, self.template, self.max_length, self.labelling)
+        return Recipe(self.config, self.tokenizer, self.template, self.max_length, self.labelling, self.pairs)
 
     def digest(self) -> str:
         """Of all that the result depends on."""
@@ -83,11 +84,19 @@ class _Plan:
         ]  # fmt: skip
         if self.labelling is not None:
             parts.append(asdict(self.labelling))
+        if self.pairs:
+            parts.append("pairs")
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def prepare(
-    data: DataConfig, tokenizer: Any, *, context: int, seed: int, labelling: Labelling | None = None
+    data: DataConfig,
+    tokenizer: Any,
+    *,
+    context: int,
+    seed: int,
+    labelling: Labelling | None = None,
+    pairs: bool = False,
 ) -> Prepared:
     """Read, check, render, tokenize, label, hold out; from the cache where all that decides the result is unchanged.
 
@@ -97,6 +106,7 @@ def prepare(
         context: tokens the model can attend over.
         seed: of the draw where sources have weights that are no whole numbers; the held-out rows do not depend on it.
         labelling: how the label of a row is learnt; None where answers or texts are.
+        pairs: whether an encoder reads what comes before the answer, and a decoder learns the answer.
 
     Raises:
         DataError: for a file that cannot be used, too many faulty rows, or nothing left to learn.
@@ -104,7 +114,7 @@ def prepare(
     """
     if labelling is not None:
         context = min(context, tokenizer.model_max_length)  # RoBERTa counts its positions from two
-    plan = _plan(data, tokenizer, longest(data.max_length, context), seed, labelling)
+    plan = _plan(data, tokenizer, longest(data.max_length, context), seed, labelling, pairs)
     directory, digest = cache.cache_directory(data.cache_dir), plan.digest()
     template = plan.template.source if plan.template else None
     found = cache.load(directory, digest)
@@ -122,19 +132,22 @@ def prepare(
     return prepared
 
 
-def _plan(data: DataConfig, tokenizer: Any, max_length: int, seed: int, labelling: Labelling | None) -> _Plan:
+def _plan(
+    data: DataConfig, tokenizer: Any, max_length: int, seed: int, labelling: Labelling | None, pairs: bool
+) -> _Plan:
     sources = resolve(data.train, "data.train")
     if data.eval is not None:
         eval_sources = resolve(data.eval, "data.eval", side="eval")
     else:  # pydocs has a held-out half of its own, which the embedded base never saw
         eval_sources = [Source(PYDOCS, "data.eval", side="eval")] if any(source.is_pydocs for source in sources) else []
     forms, eval_forms = recognise_all(data, sources), recognise_all(data, eval_sources)
-    template = choose_template(data.chat_template, tokenizer, {form.kind for form in forms + eval_forms})
+    kinds = {form.kind for form in forms + eval_forms}
+    template = None if pairs else choose_template(data.chat_template, tokenizer, kinds)
     notes = []
     if tokenizer.eos_token_id is None and labelling is None:
         notes.append("the tokenizer has no end-of-text token: the model will not learn to stop")
     return _Plan(
-        data, tokenizer, sources, forms, eval_sources, eval_forms, template, max_length, seed, labelling, notes
+        data, tokenizer, sources, forms, eval_sources, eval_forms, template, max_length, seed, labelling, pairs, notes
     )
 
 
@@ -177,7 +190,7 @@ def _held_out(side: Side, plan: _Plan) -> list[int]:
 
 def _samples(plan: _Plan, side: Side, own: Side | None, held: list[int]) -> list[Sample]:
     """Prompts of held-out examples, read a second time so that no side is ever held in memory as text."""
-    encoder = plan.recipe().labelled()
+    encoder = plan.recipe().encoder()
     parts = [(plan.eval_sources, plan.eval_forms, own, list(range(len(own.rows))))] if own else []
     samples: list[Sample] = []
     for sources, forms, part, rows in [*parts, (plan.sources, plan.forms, side, held)]:

@@ -23,12 +23,14 @@ class Row:
     Attributes:
         target: what is learnt of the row as a whole, a class (int64) or a number (float32); None where tokens are.
         token_types: which text of a pair each token belongs to; None where the model is not told.
+        source: how many of the first tokens an encoder reads, the rest being what its decoder writes; None without one.
     """
 
     input_ids: np.ndarray
     labels: np.ndarray
     target: np.generic | None = None
     token_types: np.ndarray | None = None
+    source: int | None = None
 
 
 class TokenRows(Sequence[Row]):
@@ -40,6 +42,7 @@ class TokenRows(Sequence[Row]):
         offsets: int64 [rows + 1]; row i is [offsets[i], offsets[i + 1]).
         targets: int64 or float32 [rows], see `Row`; all rows have one or none has.
         token_types: int8, as long as the ids; likewise.
+        sources: int32 [rows]; likewise.
     """
 
     def __init__(
@@ -49,9 +52,10 @@ class TokenRows(Sequence[Row]):
         offsets: np.ndarray,
         targets: np.ndarray | None = None,
         token_types: np.ndarray | None = None,
+        sources: np.ndarray | None = None,
     ) -> None:
         self.input_ids, self.labels, self.offsets = input_ids, labels, offsets
-        self.targets, self.token_types = targets, token_types
+        self.targets, self.token_types, self.sources = targets, token_types, sources
 
     @classmethod
     def of(cls, rows: Sequence[Row]) -> TokenRows:
@@ -62,7 +66,9 @@ class TokenRows(Sequence[Row]):
         labels = np.concatenate([empty, *(row.labels for row in rows)]).astype(np.int32)
         targets = np.array([row.target for row in rows]) if rows and rows[0].target is not None else None
         told = [row.token_types for row in rows if row.token_types is not None]
-        return cls(ids, labels, offsets, targets, np.concatenate(told).astype(np.int8) if told else None)
+        types = np.concatenate(told).astype(np.int8) if told else None
+        sources = np.array([row.source for row in rows], np.int32) if rows and rows[0].source is not None else None
+        return cls(ids, labels, offsets, targets, types, sources)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -80,6 +86,7 @@ class TokenRows(Sequence[Row]):
             self.labels[cut],
             None if self.targets is None else self.targets[index],
             None if self.token_types is None else self.token_types[cut],
+            None if self.sources is None else int(self.sources[index]),
         )
 
     def __iter__(self) -> Iterator[Row]:
@@ -144,3 +151,24 @@ class Batch:
         starts = self.position_ids_BS[:, 1:] == 0
         shifted[:, :-1][starts] = IGNORE
         return shifted
+
+
+@dataclass
+class PairBatch(Batch):
+    """What an encoder and its decoder are fed: tokens [B, S] to read, and labels [B, T] of what is written about them.
+
+    Logits stand over the labels: the model moves them to the right by itself and begins with its own start token.
+
+    Attributes:
+        position_ids_BS: [B, T], counting through; the model is not told.
+    """
+
+    def model_inputs(self) -> dict[str, Tensor | bool]:
+        """With labels, from which the model makes what its decoder reads."""
+        assert self.attention_mask_BS is not None, "rows of an encoder and a decoder are never packed"
+        read: dict[str, Tensor | bool] = {"input_ids": self.input_ids_BS, "attention_mask": self.attention_mask_BS}
+        return read | {"labels": self.labels_BS, "use_cache": False}
+
+    def shifted_labels_BS(self) -> Tensor:
+        """[B, T]: the labels, which are where they are to be predicted."""
+        return self.labels_BS

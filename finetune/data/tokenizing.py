@@ -18,6 +18,7 @@ from finetune.data.labelled import LabelledEncoder
 from finetune.data.labels import Labelling
 from finetune.data.lengths import fit
 from finetune.data.masking import Masker
+from finetune.data.pairs import PairEncoder
 from finetune.data.report import SideReport
 from finetune.data.rows import Row, TokenRows
 from finetune.data.sources import Source
@@ -88,6 +89,7 @@ class Recipe:
         template: of chats and instructions.
         max_length: tokens a row.
         labelling: how labels are learnt, where rows have one in place of an answer.
+        pairs: whether an encoder reads the prompt and a decoder writes the answer.
     """
 
     config: DataConfig
@@ -95,9 +97,12 @@ class Recipe:
     template: ChatTemplate | None
     max_length: int
     labelling: Labelling | None = None
+    pairs: bool = False
 
-    def labelled(self) -> LabelledEncoder | None:
-        """What tokenizes rows with a label; None where rows have none."""
+    def encoder(self) -> LabelledEncoder | PairEncoder | None:
+        """What tokenizes rows with a label, or for an encoder and a decoder; None where rows are one text."""
+        if self.pairs:
+            return PairEncoder(self.tokenizer, self.max_length, self.config.too_long)
         if self.labelling is None:
             return None
         return LabelledEncoder(self.tokenizer, self.labelling, self.max_length, self.config.too_long)
@@ -115,8 +120,8 @@ def tokenize_side(key: str, sources: list[Source], forms: list[Format], recipe: 
         DataError: when too many rows are faulty, or none is left.
     """
     faults, side = Faults(), Side(TokenRows.of([]))
-    encoder = recipe.labelled()
-    tokenize = partial(_labelled_chunk, encoder) if encoder else partial(_tokenize_chunk, Masker(recipe.tokenizer))
+    encoder = recipe.encoder()
+    tokenize = partial(_encoded_chunk, encoder) if encoder else partial(_tokenize_chunk, Masker(recipe.tokenizer))
     collected: list[Row] = []
     count = 0
     for number, (source, form) in enumerate(zip(sources, forms, strict=True)):
@@ -140,10 +145,10 @@ def tokenize_side(key: str, sources: list[Source], forms: list[Format], recipe: 
     return side
 
 
-def _labelled_chunk(
-    encoder: LabelledEncoder, chunk: list[Example], recipe: Recipe, report: SideReport, faults: Faults
+def _encoded_chunk(
+    encoder: LabelledEncoder | PairEncoder, chunk: list[Example], recipe: Recipe, report: SideReport, faults: Faults
 ) -> Iterator[tuple[int, list[Row]]]:
-    """Place in the chunk and the row of each example whose label can be learnt."""
+    """Place in the chunk and the row of each example whose label or answer can be learnt."""
     encoded = encoder.rows([example.conversation for example in chunk], [example.origin for example in chunk])
     for index, (row, is_long) in enumerate(encoded):
         report.too_long += is_long

@@ -116,6 +116,9 @@ def batches(rows: dict[str, torch.Tensor], plan: list[list[int]], pad_id: int) -
     """Right-padded batches of the held-out rows, in the order asked for."""
     offsets = rows["offsets"].tolist()
     for chosen in plan:
+        if "sources" in rows:
+            yield pair_batch(rows, chosen, pad_id)
+            continue
         cuts = [slice(offsets[row], offsets[row + 1]) for row in chosen]
         width = max(cut.stop - cut.start for cut in cuts)
         ids_BS = torch.full((len(cuts), width), pad_id, dtype=torch.int64)
@@ -136,6 +139,20 @@ def batches(rows: dict[str, torch.Tensor], plan: list[list[int]], pad_id: int) -
         yield batch
 
 
+def pair_batch(rows: dict[str, torch.Tensor], chosen: list[int], pad_id: int) -> dict[str, torch.Tensor]:
+    """What an encoder reads, and the labels over which its decoder's logits stand, each padded by itself."""
+    pad = torch.nn.utils.rnn.pad_sequence
+    read, written = [], []
+    for row in chosen:
+        start, stop = rows["offsets"][row].item(), rows["offsets"][row + 1].item()
+        middle = start + rows["sources"][row].item()
+        read.append(rows["input_ids"][start:middle])
+        written.append(rows["labels"][middle:stop])
+    ids_BS, labels_BT = pad(read, True, pad_id), pad(written, True, IGNORE)
+    mask_BS = pad([torch.ones_like(ids) for ids in read], True, 0)
+    return {"input_ids": ids_BS, "labels": labels_BT, "attention_mask": mask_BS}
+
+
 @torch.no_grad()
 def observe(model: Any, request: dict[str, Any], answer: Path) -> None:
     """Write, a file a batch: losses at every learnt position, log-probabilities at every `stride`-th; both float32."""
@@ -145,8 +162,11 @@ def observe(model: Any, request: dict[str, Any], answer: Path) -> None:
         if "targets" in batch:
             save_file(judged(model, batch, request), answer / f"batch-{number:05d}.safetensors")
             continue
-        targets_BS = torch.full_like(labels_BS, IGNORE)
-        targets_BS[:, :-1] = labels_BS[:, 1:]
+        if model.config.is_encoder_decoder:
+            batch["labels"] = targets_BS = labels_BS  # of which the model makes what its decoder reads
+        else:
+            targets_BS = torch.full_like(labels_BS, IGNORE)
+            targets_BS[:, :-1] = labels_BS[:, 1:]
         learnt_BS = targets_BS != IGNORE
         moved = {name: tensor.to(request["device"]) for name, tensor in batch.items()}
         # PEFT gives logits for virtual tokens as well, before those of the text.
@@ -202,7 +222,7 @@ def generate(model: Any, request: dict[str, Any]) -> list[int]:
         do_sample=False,
         pad_token_id=request["pad_id"],
     )
-    return made[0, prompt_BS.shape[1] :].tolist()
+    return made[0, 1 if model.config.is_encoder_decoder else prompt_BS.shape[1] :].tolist()
 
 
 def main(path: str) -> None:

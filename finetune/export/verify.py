@@ -80,6 +80,8 @@ class Panel:
             tensors["targets"] = torch.from_numpy(self.rows.targets)
         if self.rows.token_types is not None:
             tensors["token_types"] = torch.from_numpy(self.rows.token_types).long()
+        if self.rows.sources is not None:
+            tensors["sources"] = torch.from_numpy(self.rows.sources).long()
         save_file(tensors, path)
 
     def divergence(self) -> Divergence:

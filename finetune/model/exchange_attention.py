@@ -24,6 +24,8 @@ def exchange_attention(model: Any) -> list[Exchanged]:
     """Our attention for all blocks or none, then rotation fused in each."""
     if getattr(model.config, "_attn_implementation", None) != "sdpa" or not hasattr(model, "set_attn_implementation"):
         return []
+    if model.config.is_encoder_decoder:  # what its two halves attend over cannot be tried on one text
+        return []
     attention.register()
     model.set_attn_implementation(attention.NAME)
     if model.config._attn_implementation != attention.NAME:  # it has an attention of its own, and keeps it
