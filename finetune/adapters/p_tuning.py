@@ -42,6 +42,7 @@ class PTuningConfig(InputConfig):
     """
 
     name: str = "p_tuning"
+    learning_rate: float = 0.01
     encoder: str = "lstm"
     encoder_hidden_size: int | None = None
     encoder_layers: int = 2

@@ -43,6 +43,7 @@ class PreLayerConfig(StartConfig):
     """
 
     name: str = "prelayer"
+    learning_rate: float = 0.3
 
     def check_saved(self, directory: Path) -> None:
         """Refuse another method and broken settings."""

@@ -32,6 +32,7 @@ class PromptTuningConfig(StartConfig):
     """
 
     name: str = "prompt_tuning"
+    learning_rate: float = 0.03
 
     def check_saved(self, directory: Path) -> None:
         """Refuse another method, settings that we do not compute, and another length than set here."""
