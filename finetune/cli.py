@@ -110,11 +110,18 @@ def _launch(entry: Callable[[], None], config_dir: Path, arguments: list[str]) -
     if code is not None:
         return code
     # Hydra's launchers read the command line again; a job that fails is recorded in JOBS and never raises into them.
+    sys.argv[1:] = [_filling(argument) for argument in arguments]
     entry()
     if multirun and JOBS.done and os.environ.get("RANK", "0") == "0":
         print(sweep_table(JOBS.done))
     codes = [job.exit_code for job in JOBS.done]
     return next((code for code in codes if code), 0)
+
+
+def _filling(argument: str) -> str:
+    """An override as Hydra takes it: it lets names into an empty mapping (`data.columns={text: review}`) only by `++`."""
+    key, _, value = argument.partition("=")
+    return f"++{argument}" if value.startswith("{") and key[:1].isalpha() else argument
 
 
 def _before(config_dir: Path, arguments: list[str]) -> tuple[int | None, bool]:

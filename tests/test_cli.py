@@ -39,6 +39,12 @@ def test_a_mistake_is_one_line_and_exit_2(arguments: list[str]) -> None:
     assert "Traceback" not in done.stderr + done.stdout
 
 
+def test_names_go_into_an_empty_mapping() -> None:
+    done = command("train.py", "data.columns={prompt: question, completion: answer}", "--cfg", "job")
+    assert done.returncode == 0, done.stderr
+    assert "    prompt: question\n    completion: answer\n" in done.stdout
+
+
 def test_help_shows_choices_and_values() -> None:
     done = command("train.py", "adapter.rank=5", "--help")
     assert done.returncode == 0, done.stderr

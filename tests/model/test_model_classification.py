@@ -12,7 +12,7 @@ import task_checkpoints as tasks
 import torch
 from safetensors.torch import load_file, save_file
 
-from finetune.errors import ConfigError, ModelError
+from finetune.errors import ConfigError, ModelError, UserError
 from finetune.model.config import ModelConfig
 from finetune.model.load import Loaded, load, skeleton
 from finetune.model.task import Task, named_classes
@@ -182,3 +182,64 @@ def test_a_family_without_such_a_model(tmp_path: Path) -> None:
     (changed / "config.json").write_text(json.dumps({**raw, "model_type": "clip_text_model"}), "utf-8")
     with pytest.raises(ModelError, match="which is no sequence classifier"):
         skeleton(ModelConfig(path=str(changed)), TASK)
+
+
+# ---- from the command line, before any weight is read
+
+
+def checked(*overrides: str) -> None:
+    from finetune.checks import check
+    from finetune.compose import compose_config
+    from finetune.config import to_run_config
+
+    root = Path(__file__).parents[2]
+    check(to_run_config(compose_config(["export.formats=[]", *overrides], root / "conf")))
+
+
+@pytest.fixture
+def encoder(tmp_path: Path) -> Path:
+    return tasks.plain_base(tmp_path / "base", "bert")
+
+
+def written(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("objective", ["classification", "regression"])
+def test_a_few_words_are_enough(objective: str, encoder: Path, tmp_path: Path) -> None:
+    from finetune.compose import compose_config
+
+    rows = written(tmp_path / "rows.jsonl", tasks.rows(8, number=objective == "regression"))
+    words = [f"objective={objective}", f"model.path={encoder}", f"data.train={rows}"]
+    checked(*words)
+    tree = compose_config(words, Path(__file__).parents[2] / "conf")
+    assert not tree.data.packing and tree.train.batch_size == 16
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rows", "words"),
+    [
+        (["objective=classification"], [{"text": "a"}], r"learns labels: rows need label, text"),
+        (["objective=classification"], [{"text": "a", "label": 1}] * 3, r"all 3 rows have the label '1'"),
+        (["objective=classification", "data.packing=true"], [], r"data.packing=true conflicts with objective=classif"),
+        (["objective=regression"], [{"text": "a", "label": "much"}], r"'label' is 'much': expected a number"),
+        (["objective=sft", "data=pydocs"], [{"text": "a"}], r"is an encoder.*objective=classification or"),
+        (["objective=sft", "data.format=labelled"], [{"text": "a", "label": 1}], r"needs objective=classification"),
+        (["objective=classification"], None, r"pydocs: .*learns labels"),
+    ],
+)
+def test_mistakes(
+    overrides: list[str], rows: list[dict[str, Any]] | None, words: str, encoder: Path, tmp_path: Path
+) -> None:
+    given = [] if rows is None else [f"data.train={written(tmp_path / 'rows.jsonl', rows or [{'text': 'a'}])}"]
+    with pytest.raises(UserError, match=words) as caught:
+        checked(*overrides, *given, f"model.path={encoder}")
+    assert "\n" not in str(caught.value) and caught.value.exit_code == 2
+
+
+def test_a_head_for_other_classes_from_the_command_line(tmp_path: Path) -> None:
+    base = tasks.write_base(tmp_path / "base", "bert", "BertForSequenceClassification", num_labels=3)
+    rows = written(tmp_path / "rows.jsonl", tasks.rows(8))
+    with pytest.raises(UserError, match=r"has a head of 3 outputs, but data.train has 2 classes \(bad, good\)"):
+        checked("objective=classification", f"model.path={base}", f"data.train={rows}")
