@@ -22,20 +22,20 @@ RATES: dict[str, tuple[float, float, float]] = {
     "houlsby": (5e-4, 2e-3, 8e-3),
     "pfeiffer": (5e-4, 2e-3, 8e-3),
     "parallel": (5e-4, 2e-3, 8e-3),
-    "prompt_tuning": (1e-2, 4e-2, 1.6e-1),
-    "p_tuning": (1e-3, 4e-3, 1.6e-2),
-    "prefix": (1e-3, 4e-3, 1.6e-2),
-    "p_tuning_v2": (1e-3, 4e-3, 1.6e-2),
-    "prelayer": (4e-3, 1.6e-2, 6.4e-2),
+    "prompt_tuning": (1e-2, 3e-2, 1.2e-1),
+    "p_tuning": (2.5e-3, 1e-2, 4e-2),
+    "prefix": (5e-4, 2e-3, 8e-3),
+    "p_tuning_v2": (5e-4, 2e-3, 8e-3),
+    "prelayer": (7.5e-2, 3e-1, 1.2),
 }
-"""Three rates a method, four times apart, for a base of hidden size 256; a method without a line here takes LoRA's."""
+"""Three rates a method, about four times apart, for a base of hidden size 256; one without a line here takes LoRA's."""
 LEFT_OUT = {"stack": "several methods at once", "layers": "whole blocks, for offsite-tuning"}
 """Registered, but no method of the table, and why."""
 EXTRA = {"bitfit": ("adapter.bias=all",)}
 """What a method needs besides its defaults on the bases here: the embedded one has no biases."""
 SEARCHED = ("e2e", "sst2")
 """Tasks that a rate is chosen on, by the loss of their development rows."""
-SEARCH_STEPS, STEPS = 60, 150
+SEARCH_STEPS = 60
 PEFT, OURS = "peft_lora", "lora"
 """PEFT's LoRA, on the dense base alone, and what it is compared with there."""
 CELLS = (("nf4", 0), ("none", 0), ("int8", 0), ("nf4", 1), ("nf4", 2))
@@ -80,7 +80,7 @@ def searches(task: str, names: list[str]) -> list[Job]:
 
 def finals(task: str, names: list[str], rows: list[Job]) -> list[Job]:
     """The runs that are reported, of methods that a rate was chosen for."""
-    common = {"phase": "final", "task": task, "steps": STEPS}
+    common = {"phase": "final", "task": task, "steps": TASKS[task].steps}
     chosen = {name: choose(name, rows) for name in names}
     return [
         {**common, "method": name, "quant": quant, "seed": seed, "learning_rate": chosen[name]}

@@ -21,6 +21,7 @@ class Task:
         title: for people.
         encoder: whether it runs on the encoder, else on the embedded base.
         metric, unit: what is reported of the test rows; higher is better.
+        steps: of a run that is reported.
         overrides: of the configuration.
         read: from the folder of data to rows for training, choosing and reporting.
     """
@@ -29,6 +30,7 @@ class Task:
     encoder: bool
     metric: str
     unit: str
+    steps: int
     overrides: tuple[str, ...]
     read: Callable[[Path], dict[str, Rows]]
 
@@ -81,12 +83,18 @@ def _classes(name: str) -> Callable[[Path], dict[str, Rows]]:
 _TEXT = ("data.packing=false", "data.max_length=192", "train.batch_size=8")
 _ROWS = ("objective=classification", "data.max_length=64", "train.batch_size=16", "train.epochs=1000")
 TASKS = {
-    "e2e": Task("E2E, data to text", False, "bleu", "BLEU", (*_TEXT, 'data.template="{mr}\\nText:"'), _e2e),
+    "e2e": Task("E2E, data to text", False, "bleu", "BLEU", 240, (*_TEXT, 'data.template="{mr}\\nText:"'), _e2e),
     "wikisql": Task(
-        "WikiSQL, text to SQL", False, "exact_match", "exact match", (*_TEXT, 'data.template="{question}\\nSQL:"'), _sql
+        "WikiSQL, text to SQL",
+        False,
+        "exact_match",
+        "exact match",
+        240,
+        (*_TEXT, 'data.template="{question}\\nSQL:"'),
+        _sql,
     ),
-    "sst2": Task("SST-2", True, "accuracy", "accuracy", _ROWS, _classes("sst2")),
-    "cola": Task("CoLA", True, "matthews", "Matthews", _ROWS, _classes("cola")),
+    "sst2": Task("SST-2", True, "accuracy", "accuracy", 150, _ROWS, _classes("sst2")),
+    "cola": Task("CoLA", True, "matthews", "Matthews", 150, _ROWS, _classes("cola")),
 }
 
 
