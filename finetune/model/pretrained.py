@@ -140,7 +140,10 @@ def _native(config: Any, model: ModelConfig, task: Task, where: str) -> Any:
     """
     native = task.auto_class()._model_mapping.get(type(config), None)
     if native is None and not model.trust_remote_code:
-        raise ModelError(f"{where} holds a {config.model_type} model, which is no {task.words}")
+        other = {"causal_lm": "seq2seq", "seq2seq": "causal_lm"}.get(task.kind)
+        fits = other is not None and Task(other).auto_class()._model_mapping.get(type(config), None) is not None
+        hint = f": objective={'seq2seq' if other == 'seq2seq' else 'sft'} trains it" if fits else ""
+        raise ModelError(f"{where} holds a {config.model_type} model, which is no {task.words}{hint}")
     return native
 
 

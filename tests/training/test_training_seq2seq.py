@@ -19,7 +19,7 @@ from finetune.adapters.attach import attach
 from finetune.adapters.lora import LoRAConfig
 from finetune.data.batching import collate
 from finetune.data.rows import IGNORE, Row, TokenRows
-from finetune.errors import ConfigError
+from finetune.errors import ConfigError, ModelError
 from finetune.training.config import OBJECTIVES
 from finetune.training.objectives.seq2seq import Seq2SeqConfig
 
@@ -133,3 +133,20 @@ def test_a_run_from_the_command_line_is_proven(tmp_path: Path) -> None:
     merged = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "run" / "export" / "safetensors")
     assert merged.generate(torch.tensor([tokenizer("copy red blue")["input_ids"]]), max_new_tokens=3).shape[1] <= 4
     assert "copy " in (tmp_path / "run" / "samples.md").read_text()
+
+
+@pytest.mark.parametrize(("kind", "objective", "words"), [
+    ("t5", "sft", "holds a t5 model, which is no causal language model: objective=seq2seq trains it"),
+    ("llama", "seq2seq", "holds a llama model, which is no sequence-to-sequence model: objective=sft trains it"),
+])  # fmt: skip
+def test_the_wrong_kind_of_model_is_told_with_the_right_objective(
+    kind: str, objective: str, words: str, tmp_path: Path
+) -> None:
+    from finetune.model.config import ModelConfig
+    from finetune.model.load import skeleton
+    from finetune.model.task import Task
+
+    (transformers.LlamaConfig() if kind == "llama" else config(kind)).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=words) as raised:
+        skeleton(ModelConfig(path=str(tmp_path)), Task("seq2seq" if objective == "seq2seq" else "causal_lm"))
+    assert "\n" not in str(raised.value)
