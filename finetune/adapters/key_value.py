@@ -117,18 +117,17 @@ class KeyValueAdapter(InputAdapter):
             raise ConfigError(f"adapter={self.config.name} needs a model with blocks that attend")
         self.stack = stacks[-1]
         found = None if self.stack.reads else attending(model)
-        self.way = None if key_value_attention.obstacle(model, found) else found
-        if self.way is not None:
-            shapes = [(m.heads, m.key_width, m.value_width) for m in self.way.modules]
-            whole = [m.block for m in self.way.modules] == list(range(len(self.stack.blocks)))
+        obstacle = key_value_attention.obstacle(model, found)
+        self.way = None if obstacle else found
+        if self.way is None:
+            shapes = key_value_cache.kept(model, self.stack)
         else:
-            shapes = key_value_cache.kept(model, self.stack) or []
-            whole = bool(shapes)
-        if not whole:
-            why = key_value_attention.obstacle(model, found)
+            shapes = [(m.heads, m.key_width, m.value_width) for m in self.way.modules]
+            shapes = shapes if [m.block for m in self.way.modules] == [*range(len(self.stack.blocks))] else []
+        if not shapes:
             raise ConfigError(
                 f"adapter={self.config.name} needs attention in every block that takes keys and values from outside;"
-                f" this model's does not: {why or 'some blocks do not attend'}, and it fills no cache"
+                f" this model's does not: {obstacle or 'some blocks do not attend'}, and it fills no cache"
             )
         if len(set(shapes)) > 1 or shapes[0][1] != shapes[0][2]:
             raise ConfigError(

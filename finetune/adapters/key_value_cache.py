@@ -47,10 +47,11 @@ def kept(model: nn.Module, stack: Stack) -> list[tuple[int, int, int]]:
 @torch.no_grad()
 def read(model: nn.Module, stack: Stack, ids_BS: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Keys and values [B, H, S, D] that the blocks of a stack compute for some tokens."""
-    cache, training = _made(stack), model.training
+    cache, modes = _made(stack), {module: module.training for module in model.modules()}
     model.eval()
     model.get_submodule(stack.name)(**{"input_ids": ids_BS, MASK: torch.ones_like(ids_BS), CACHE: cache})
-    model.train(training)
+    for module, training in modes.items():
+        module.training = training
     return [(layer.keys, layer.values) for layer in _own(cache).layers if layer.keys is not None]
 
 
