@@ -119,7 +119,7 @@ def _launch(entry: Callable[[], None], config_dir: Path, arguments: list[str]) -
 
 
 def _filling(argument: str) -> str:
-    """An override as Hydra takes it: it lets names into an empty mapping (`data.columns={text: review}`) only by `++`."""
+    """An override as Hydra takes it: names get into an empty mapping (`data.columns={text: review}`) only by `++`."""
     key, _, value = argument.partition("=")
     return f"++{argument}" if value.startswith("{") and key[:1].isalpha() else argument
 
