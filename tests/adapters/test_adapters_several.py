@@ -147,6 +147,16 @@ def test_a_stack_is_its_later_parts_on_what_the_earlier_made(family: str, quant:
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in stack.trainable().values())
 
 
+@pytest.mark.parametrize(("inner", "outer"), [("ia3", "bitfit"), ("bitfit", "ia3"), ("bitfit", "bitfit")])
+def test_biases_merge_through_one_another(inner: str, outer: str) -> None:
+    """OPT has biases everywhere: l o (W x + b') is one thing, l o (W x + b) + b' - b another."""
+    configs = {"ia3": IA3, "bitfit": BitFitConfig(norms=False)}
+    model = frozen("opt")
+    stack = moved(attach(model, StackConfig(parts=[configs[inner], configs[outer]])))
+    merged = merged_twin("opt", "dense", stack)
+    assert (logits(merged) - logits(model)).norm() <= 1e-5 * logits(model).norm()
+
+
 def test_what_is_out_of_use_holds_on_to_nothing() -> None:
     adapters = Adapters(frozen("llama"))
     adapters.attach("low", LORA)
