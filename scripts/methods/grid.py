@@ -38,9 +38,13 @@ SEARCHED = ("e2e", "sst2")
 SEARCH_STEPS = 60
 PEFT, OURS = "peft_lora", "lora"
 """PEFT's LoRA, on the dense base alone, and what it is compared with there."""
-CELLS = (("nf4", 0), ("none", 0), ("int8", 0), ("nf4", 1), ("nf4", 2))
-"""Base and seed of the runs that are reported."""
-DENSE = (("none", 0), ("none", 1), ("none", 2))
+COLUMNS = ("nf4", "none", "int8")
+"""Bases of the runs that are reported: three seeds on the first, one on the others."""
+OTHER_COLUMNS: dict[str, tuple[str | None, ...]] = {
+    PEFT: (None, "none", None),
+    "qa_lora": ("int4", None, "int8g"),  # it wants a base stored in groups
+}
+SEEDS = (0, 1, 2)
 
 
 def methods() -> list[str]:
@@ -56,10 +60,16 @@ def carried(method: str, task: str) -> bool:
 
 
 def cells(method: str) -> tuple[tuple[str, int], ...]:
-    """Base and seed of a method's runs."""
-    if method == PEFT:
-        return DENSE
-    return (*CELLS, *DENSE[1:]) if method == OURS else CELLS
+    """Base and seed of a method's runs, the most telling ones first."""
+    main, *others = [base for base in columns(method) if base is not None]
+    three = [main, "none"] if method == OURS else [main]
+    one = [(base, 0) for base in (main, *others)]
+    return (*one, *((base, seed) for base in three for seed in SEEDS[1:]))
+
+
+def columns(method: str) -> tuple[str | None, ...]:
+    """The bases in the places of `COLUMNS`; None where the method has none there."""
+    return OTHER_COLUMNS.get(method, COLUMNS)
 
 
 def rates(method: str) -> tuple[float, ...]:
@@ -84,7 +94,7 @@ def finals(task: str, names: list[str], rows: list[Job]) -> list[Job]:
     chosen = {name: choose(name, rows) for name in names}
     return [
         {**common, "method": name, "quant": quant, "seed": seed, "learning_rate": chosen[name]}
-        for turn in range(len(CELLS) + len(DENSE))
+        for turn in range(max(len(cells(name)) for name in names))
         for name in names
         for quant, seed in cells(name)[turn : turn + 1]
         if chosen[name] is not None and carried(name, task)
