@@ -168,10 +168,11 @@ def test_a_head_that_does_not_fit_is_an_error(kind: str, mine: type[AdapterConfi
     theirs("bert", config, tmp_path)
     fault(tmp_path, kind)
     model = frozen("bert")
-    before = logits(model)
+    before, names = logits(model), list(model.state_dict())
     with pytest.raises(ModelError, match=kind):
         attach(model, mine(path=str(tmp_path)))
-    assert torch.equal(bits(logits(model)), bits(before)), "what is refused leaves no trace"
+    assert list(model.state_dict()) == names, "what is refused leaves no trace"
+    assert torch.equal(bits(logits(model)), bits(before))
 
 
 def test_another_model_is_refused_in_one_line(tmp_path: Path) -> None:
