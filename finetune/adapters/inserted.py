@@ -45,6 +45,20 @@ class InsertedAdapter(InputAdapter):
                 f"adapter={self.config.name} needs a model that takes inputs_embeds: {type(stack).__name__} does not"
             )
 
+    @property
+    def in_peft(self) -> bool:
+        """Not for a decoder's classifier; see `peft_obstacle`."""
+        return super().in_peft and not self.peft_obstacle
+
+    @property
+    def peft_obstacle(self) -> str:
+        """PEFT hands embeddings instead of tokens over, in which a decoder's classifier finds no padding."""
+        if not super().in_peft:
+            return "PEFT has no such method"
+        if self.structure.task_head and self.structure.stacks[-1].causal:
+            return "under this method PEFT's classifier of a decoder reads the last position of a row, padding or not"
+        return ""
+
     @abstractmethod
     def inserted(self) -> Tensor:
         """[L, H]: what stands for the embeddings of the virtual positions."""

@@ -151,6 +151,25 @@ def test_a_classifier_of_peft_is_read(family: str, tmp_path: Path) -> None:
     assert float((logits(theirs, rows) - logits(loaded.model, rows)).abs().max()) <= 2e-5
 
 
+@pytest.mark.parametrize(
+    ("family", "method", "fits"), [("bert", "prompt_tuning", True), ("llama", "prompt_tuning", False)]
+)
+def test_what_peft_does_otherwise_is_said(family: str, method: str, fits: bool, tmp_path: Path) -> None:
+    """A row alone is judged alike; in a padded batch PEFT reads the padding, so no such export is offered."""
+    from peft import PeftModel
+
+    base = tasks.plain_base(tmp_path / "base", family)
+    loaded = opened(base)
+    rows = rows_of(loaded.tokenizer, 6)
+    adapter = attach(loaded.model, ADAPTERS.type_of(method)())
+    fit(loaded, adapter, rows, 3)
+    adapter.save(tmp_path / "saved")
+    theirs = PeftModel.from_pretrained(stock(base, loaded), str(tmp_path / "saved")).eval()
+    assert float((logits(theirs, rows[:1]) - logits(loaded.model, rows[:1])).abs().max()) <= 2e-5
+    assert (float((logits(theirs, rows) - logits(loaded.model, rows)).abs().max()) <= 2e-5) == fits
+    assert adapter.in_peft == fits and ("padding or not" in adapter.peft_obstacle) != fits
+
+
 def proven(base: Path, task: Task, quant: QuantConfig, formats: list[str], out: Path) -> dict[str, Any]:
     """Fit a little, export, prove."""
     loaded = opened(base, task, quant)
