@@ -118,3 +118,5 @@ def meet(twin: nn.Module, met: dict[str, Tensor]) -> None:
     for name, x_BI in met.items():
         module = twin.get_submodule(name)
         getattr(module, "base", module).met = x_BI
+        if hasattr(module, "packed"):  # what trains a whole weight adds the change to the product of codes
+            module.packed = True
