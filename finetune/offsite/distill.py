@@ -167,6 +167,7 @@ def distill(
     )
     rate = peak(settings, adapter.config.learning_rate, emulator.model)
     # Shipped: it says nothing of where the owner's data lie.
-    record = {"steps": result.steps, "learning_rate": rate, "lm_weight": lm_weight, "kd_weight": kd_weight}
+    record: dict[str, Any] = {"steps": result.steps, "learning_rate": rate}
+    record |= {"lm_weight": lm_weight, "kd_weight": kd_weight}
     record |= {"loss_first": result.first_eval, "loss_best": result.best_eval}
     return Distilled(adapter, record, result.status, result.signal)
