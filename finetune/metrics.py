@@ -1,7 +1,8 @@
 """How good judgements of whole rows are: classes against classes, numbers against numbers.
 
-Formulas and conventions are scikit-learn's (`sklearn.metrics`) and SciPy's (`scipy.stats`), so that figures compare with
-published ones. Where a metric divides by nothing it is 0 (as scikit-learn's are) for classes, and None for correlations.
+Formulas and conventions are scikit-learn's (`sklearn.metrics`) and SciPy's (`scipy.stats`), so that figures compare
+with published ones. Where a metric divides by nothing it is 0 for classes (as scikit-learn's are), and None for
+correlations.
 
 Shape suffixes: N rows, C classes.
 """

@@ -64,8 +64,8 @@ class TrainResult:
     Attributes:
         status: finished | interrupted | stopped_early.
         steps, epochs: done in all, resumed ones included.
-        first_eval, last_eval, best_eval: held-out loss in nats per token, or in the unit of an objective over rows; None
-            where nothing was evaluated.
+        first_eval, last_eval, best_eval: held-out loss in nats per token, or in the unit of an objective over rows;
+            None where nothing was evaluated.
         first_metrics, best_metrics: what such an objective measured beside `first_eval` and `best_eval`.
         best_step: the step whose weights the model holds where they were the best and not the last ones; else None.
         signal: number of the signal that interrupted the run; None where none did.
