@@ -1,4 +1,4 @@
-"""Encoders and pairs of stacks: where adapters go in BERT, RoBERTa, T5, BART, their heads and their shared embeddings."""
+"""Encoders and pairs of stacks: where adapters go in BERT, RoBERTa, T5, BART; their heads and shared embeddings."""
 
 from __future__ import annotations
 
