@@ -124,12 +124,10 @@ def main() -> None:
         for task in searched:
             fill(table, grid.searches(task, names), options)
     if options.phase != "search":
-        for task in tasks:
-            fill(table, grid.finals(task, names, table.rows), options)
-    for task in tasks:
-        jobs = (grid.searches(task, names) if task in searched else []) + grid.finals(task, names, table.rows)
-        for job in table.missing(jobs):
-            print(f"missing: {grid.key(job)}")
+        fill(table, grid.finals(tasks, names, table.rows), options)
+    searches = [job for task in searched for job in grid.searches(task, names)]
+    for job in table.missing([*searches, *grid.finals(tasks, names, table.rows)]):
+        print(f"missing: {grid.key(job)}")
     for name in names:
         if grid.choose(name, table.rows) is None:
             print(f"missing: a learning rate for {name}")

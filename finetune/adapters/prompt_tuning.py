@@ -28,10 +28,11 @@ METHOD = "PROMPT_TUNING"
 class PromptTuningConfig(StartConfig):
     """Prompt tuning.
 
-    With `path`, the saved adapter decides prefix_length and train_also.
+    With `path`, the saved adapter decides prefix_length and train_also. The default length is the paper's.
     """
 
     name: str = "prompt_tuning"
+    prefix_length: int = 100
     learning_rate: float = 0.03
 
     def check_saved(self, directory: Path) -> None:

@@ -88,17 +88,20 @@ def searches(task: str, names: list[str]) -> list[Job]:
     ]
 
 
-def finals(task: str, names: list[str], rows: list[Job]) -> list[Job]:
-    """The runs that are reported, of methods that a rate was chosen for."""
-    common = {"phase": "final", "task": task, "steps": TASKS[task].steps}
+def finals(tasks: list[str], names: list[str], rows: list[Job]) -> list[Job]:
+    """The runs that are reported, of methods that a rate was chosen for: each cell of all tasks before the next."""
     chosen = {name: choose(name, rows) for name in names}
     return [
-        {**common, "method": name, "quant": quant, "seed": seed, "learning_rate": chosen[name]}
+        {
+            "phase": "final", "task": task, "steps": TASKS[task].steps,
+            "method": name, "quant": quant, "seed": seed, "learning_rate": chosen[name],
+        }
         for turn in range(max(len(cells(name)) for name in names))
+        for task in tasks
         for name in names
         for quant, seed in cells(name)[turn : turn + 1]
         if chosen[name] is not None and carried(name, task)
-    ]
+    ]  # fmt: skip
 
 
 def key(row: Job) -> tuple[Any, ...]:
