@@ -21,9 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from finetune.adapters.adapted import AdaptedWeight, WrappedLinear
 from finetune.adapters.own_format import as_saved
 from finetune.adapters.targets import matches
-from finetune.adapters.weight import AdaptedWeight, WeightAdapter, WeightConfig, WrappedLinear
+from finetune.adapters.weight import WeightAdapter, WeightConfig
 from finetune.errors import ConfigError, nearest
 from finetune.quant.base import FrozenLinear
 from finetune.structure import Projection, Structure, inspect

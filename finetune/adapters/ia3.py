@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from finetune.adapters import peft_format
+from finetune.adapters.adapted import AdaptedLinear
 from finetune.adapters.base import ADAPTERS
 from finetune.adapters.full_copy import saved_whole
 from finetune.adapters.peft_modules import read_saved, written
 from finetune.adapters.targets import ALL_LINEAR, matches
-from finetune.adapters.weight import AdaptedLinear, WeightAdapter, WeightConfig, choose, head_projection
+from finetune.adapters.weight import WeightAdapter, WeightConfig, choose, head_projection
 from finetune.errors import ConfigError, ModelError, nearest
 from finetune.quant.base import FrozenLinear
 from finetune.structure import Projection, Structure, inspect

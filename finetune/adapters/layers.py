@@ -22,11 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from finetune.adapters.adapted import AdaptedExperts, AdaptedLinear
 from finetune.adapters.base import ADAPTERS, AdapterConfig
 from finetune.adapters.emulator import FILE, Emulator, read_emulator
 from finetune.adapters.lora_layers import LowRankWeight
 from finetune.adapters.own_format import as_saved
-from finetune.adapters.weight import AdaptedExperts, AdaptedLinear, WeightAdapter
+from finetune.adapters.weight import WeightAdapter
 from finetune.errors import ConfigError, ModelError, nearest
 from finetune.quant.base import FrozenExperts, FrozenLinear, FrozenWeight
 from finetune.quant.dense import DenseExperts, DenseLinear

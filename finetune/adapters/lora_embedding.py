@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finetune.adapters.weight import FoldedWeight
+from finetune.adapters.adapted import FoldedWeight
 from finetune.errors import ConfigError
 
 PROBES = 8

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finetune.adapters.weight import AdaptedExperts, AdaptedLinear
+from finetune.adapters.adapted import AdaptedExperts, AdaptedLinear
 from finetune.kernels.lora import lora_linear
 from finetune.quant.base import FrozenExperts, FrozenLinear
 

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from finetune.adapters.adapted import AdaptedWeight
 from finetune.adapters.base import ADAPTERS
 from finetune.adapters.bottleneck import (
     SITES,
@@ -31,7 +32,6 @@ from finetune.adapters.bottleneck import (
     understood,
 )
 from finetune.adapters.own_format import as_saved
-from finetune.adapters.weight import AdaptedWeight
 from finetune.errors import ConfigError
 from finetune.quant.base import FrozenLinear
 from finetune.structure import Projection, inspect

@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from finetune.adapters.adapted import AdaptedWeight
 from finetune.adapters.lora_layers import LoRAExperts, LoRALinear
 from finetune.adapters.principal import principal
-from finetune.adapters.weight import AdaptedWeight
 from finetune.quant.base import FrozenWeight
 from finetune.structure import Projection
 

@@ -15,7 +15,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from finetune.adapters.weight import WeightAdapter, WeightConfig, WrappedLinear
+from finetune.adapters.adapted import WrappedLinear
+from finetune.adapters.weight import WeightAdapter, WeightConfig
 from finetune.quant.base import FrozenLinear
 from finetune.structure import Projection
 
