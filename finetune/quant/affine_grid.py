@@ -9,7 +9,8 @@ before any code is chosen, so that codes are nearest to what will be decoded.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -35,7 +36,17 @@ class AffineGrid:
     group_size: int
 
     @classmethod
-    def fit(cls, w_OI: Tensor, bits: int, group_size: int, *, symmetric: bool, zero_point: str) -> Self:
+    def fit(
+        cls,
+        w_OI: Tensor,
+        bits: int,
+        group_size: int,
+        *,
+        symmetric: bool,
+        zero_point: str,
+        scale_dtype: torch.dtype | None = None,
+        shrink_OG: Tensor | None = None,
+    ) -> Self:
         """The grid that spans each group of a weight, from its least to its largest value.
 
         - symmetric: scale = 2 max|w| / (2^bits - 1), the code 2^(bits-1) is zero (GPTQ's convention).
@@ -43,8 +54,14 @@ class AffineGrid:
         - real zero points: the least value is the zero point.
 
         A group without span gets scale 1, one that holds NaN or infinity a scale that is not finite either.
+
+        Args:
+            scale_dtype: a dtype that scales have to survive beside the one they are stored in here.
+            shrink_OG: span this share of each group instead, the rest being clipped; None spans all of it.
         """
         least_OG, most_OG = _ends(w_OI.float(), group_size)
+        if shrink_OG is not None:
+            least_OG, most_OG = least_OG * shrink_OG, most_OG * shrink_OG
         steps = 2**bits - 1
         if symmetric:
             scale_OG = 2 * torch.maximum(-least_OG, most_OG) / steps
@@ -53,13 +70,25 @@ class AffineGrid:
         else:
             least_OG, most_OG = least_OG.clamp(max=0), most_OG.clamp(min=0)
             scale_OG = (most_OG - least_OG) / steps
-        scale_OG = _stored(torch.where(scale_OG == 0, 1.0, scale_OG))
+        scale_OG = torch.where(scale_OG == 0, 1.0, scale_OG)
+        if scale_dtype is not None:
+            scale_OG = scale_OG.to(scale_dtype).float()
+        scale_OG = _stored(scale_OG)
         zero_OG = None
         if not symmetric and zero_point == "real":
             zero_OG = least_OG
         elif not symmetric:
             zero_OG = (-least_OG / scale_OG.float()).round().clamp(0, steps).to(torch.uint8)
         return cls(scale_OG, zero_OG, bits, group_size)
+
+    def part(self, rows: int | slice) -> Self:
+        """The grid of some of the leading rows, or of one expert of a stack."""
+        zero_OG = None if self.zero_OG is None else self.zero_OG[rows]
+        return replace(self, scale_OG=self.scale_OG[rows], zero_OG=zero_OG)
+
+    def expert(self, number: int) -> Self:
+        """The grid of one expert of a stack."""
+        return self.part(number)
 
     def encode(self, w_OI: Tensor) -> Tensor:
         """The nearest codes, uint8 [.., O, I]; half way between two, the even multiple of the scale."""
@@ -89,15 +118,41 @@ class AffineGrid:
         return affine.decode(codes_OC, scale_OC, zero_OC, self.bits, 1)
 
     def _columns(self, first: int, count: int) -> tuple[Tensor, Tensor | None]:
-        """Scale and zero point of a run of columns, float32 [.., O, C]."""
+        """Scale and zero point of a run of columns, float32 [.., O, C], or [.., O, 1] where all have the same."""
         size = self.group_size
-        groups = slice(None) if size < 0 else slice(first // size, -(-(first + count) // size))
+        low, high = (0, 1) if size < 0 else (first // size, -(-(first + count) // size))
         skip = 0 if size < 0 else first % size
 
         def columns(values_OG: Tensor) -> Tensor:
-            return affine.spread(values_OG[..., groups].float(), skip + count, size)[..., skip:]
+            values_OG = values_OG[..., low:high].float()
+            return values_OG if high - low == 1 else affine.spread(values_OG, skip + count, size)[..., skip:]
 
         return columns(self.scale_OG), None if self.zero_OG is None else columns(self.zero_OG)
+
+
+SHRINKS = [1 - step / 100 for step in range(80)]
+"""Shares of a group's range that are tried, 1 to .21, and the power of the error that is minimised: GPTQ's own code."""
+POWER = 2.4
+
+
+def clipped_shares(w_OI: Tensor, grid_of: Callable[[Tensor], AffineGrid]) -> Tensor:
+    """For each group, the share of its range on which its weights err least, [.., O, G].
+
+    Args:
+        grid_of: the grid for given shares.
+    """
+    full = grid_of(torch.ones((), device=w_OI.device))
+    groups, size = full.scale_OG.shape[-1], full.group_size
+    place_I = torch.arange(w_OI.shape[-1], device=w_OI.device) // (size if size > 0 else w_OI.shape[-1])
+    best_OG = torch.full(full.scale_OG.shape, torch.inf, device=w_OI.device)
+    share_OG = torch.ones_like(best_OG)
+    for shrink in SHRINKS:
+        grid = grid_of(torch.tensor(shrink, device=w_OI.device))
+        error_OI = (grid.decode(grid.encode(w_OI)) - w_OI.float()).abs_().pow_(POWER)
+        error_OG = error_OI.new_zeros(*error_OI.shape[:-1], groups).index_add_(-1, place_I, error_OI)
+        better = error_OG < best_OG
+        best_OG, share_OG = torch.where(better, error_OG, best_OG), torch.where(better, shrink, share_OG)
+    return share_OG
 
 
 def _ends(w_OI: Tensor, group_size: int) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ shape.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -19,9 +20,10 @@ from torch import Tensor, nn
 from finetune.errors import ConfigError, ModelError
 from finetune.kernels import affine
 from finetune.kernels.operand import Operand
-from finetune.quant.affine_grid import AffineGrid
+from finetune.quant.affine_grid import AffineGrid, clipped_shares
 from finetune.quant.base import QUANTIZERS, QuantConfig
 from finetune.quant.bnb_state import FLOATS, pack_json, unpack_json
+from finetune.quant.grid import Grid
 from finetune.quant.packed import PackedWeight
 
 FACTS = "weight.finetune_affine"
@@ -86,6 +88,8 @@ class Affine(PackedWeight):
         weight: uint8 [.., O, P].
         scale: float16 or float32 [.., O, G].
         zero: uint8 or float32 [.., O, G], or None.
+        scale_dtype: a dtype that scales have to survive when a weight is stored anew, for checkpoints that hold them in
+            it; None asks for nothing.
     """
 
     stored = ("weight", "scale", "zero")
@@ -97,6 +101,7 @@ class Affine(PackedWeight):
         super().__init__(shape, dtype)
         self.storage, self.bits, self.group_size = config.name, config.bits, config.group_size
         self.zeros = config.zeros
+        self.scale_dtype: torch.dtype | None = None
         rows = shape[:-1]
         scales = (*rows, affine.groups(self.in_features, self.group_size))
         kind = ZERO_POINTS[self.zeros]
@@ -113,8 +118,24 @@ class Affine(PackedWeight):
         return Stored(self.weight, self.scale, self.zero)
 
     def encode(self, weight: Tensor) -> Stored:
-        rows = weight.reshape(-1, self.in_features)
-        parts = [self._encode(part) for part in rows.split(max(1, CHUNK // self.in_features))]
+        grid = self.fit(weight)
+        rows, step = weight.reshape(-1, self.in_features), self._chunk
+        flat = self._over_rows(grid)
+        codes = [
+            flat.part(slice(start, start + step)).encode_packed(rows[start : start + step])
+            for start in range(0, len(rows), step)
+        ]
+        return Stored(torch.cat(codes).view(*self.shape[:-1], -1), grid.scale_OG, grid.zero_OG)
+
+    def fit(self, weight: Tensor) -> AffineGrid:
+        return self._joined([self._fit(part) for part in weight.reshape(-1, self.in_features).split(self._chunk)])
+
+    def fit_clipped(self, weight: Tensor) -> AffineGrid:
+        parts = weight.reshape(-1, self.in_features).split(self._chunk)
+        return self._joined([self._fit(w, clipped_shares(w, partial(self._fit, w))) for w in parts])
+
+    def _joined(self, parts: list[AffineGrid]) -> AffineGrid:
+        """The grid of the whole from those of some rows each."""
         exact = any(part.scale_OG.dtype == torch.float32 for part in parts)
         scale = torch.cat([part.scale_OG.float() if exact else part.scale_OG for part in parts])
         if not scale.isfinite().all():
@@ -124,14 +145,35 @@ class Affine(PackedWeight):
         def shaped(tensor: Tensor) -> Tensor:
             return tensor.view(*self.shape[:-1], -1)
 
-        codes = torch.cat([part.codes_OP for part in parts])
-        return Stored(shaped(codes), shaped(scale), shaped(torch.cat(zeros)) if zeros else None)
+        zero = shaped(torch.cat(zeros)) if zeros else None
+        return AffineGrid(shaped(scale), zero, self.bits, self.group_size)
 
-    def _encode(self, w_OI: Tensor) -> Stored:
-        """Some rows, by rounding to nearest."""
-        symmetric = self.zeros == "none"
-        grid = AffineGrid.fit(w_OI, self.bits, self.group_size, symmetric=symmetric, zero_point=self.zeros)
-        return Stored(grid.encode_packed(w_OI), grid.scale_OG, grid.zero_OG)
+    def take(self, grid: Grid, codes: Tensor) -> None:
+        assert isinstance(grid, AffineGrid)
+        self.hold(Stored(affine.pack(codes, self.bits), grid.scale_OG, grid.zero_OG))
+
+    def _fit(self, w_OI: Tensor, shrink_OG: Tensor | None = None) -> AffineGrid:
+        """The grid of some rows."""
+        return AffineGrid.fit(
+            w_OI,
+            self.bits,
+            self.group_size,
+            symmetric=self.zeros == "none",
+            zero_point=self.zeros,
+            scale_dtype=self.scale_dtype,
+            shrink_OG=shrink_OG,
+        )
+
+    @property
+    def _chunk(self) -> int:
+        """Rows that are handled at a time."""
+        return max(1, CHUNK // self.in_features)
+
+    @staticmethod
+    def _over_rows(grid: AffineGrid) -> AffineGrid:
+        """A grid over all rows of a weight, the experts of a stack behind one another."""
+        zero = None if grid.zero_OG is None else grid.zero_OG.flatten(0, -2)
+        return replace(grid, scale_OG=grid.scale_OG.flatten(0, -2), zero_OG=zero)
 
     def decode(self, dtype: torch.dtype) -> Tensor:
         return affine.dequantize_affine(*self.packed(), self.bits, self.group_size, list(self.shape), dtype)

@@ -19,6 +19,8 @@ from finetune.errors import ConfigError
 from finetune.kernels import ops, reference
 from finetune.quant.base import QuantConfig
 from finetune.quant.bnb_state import bnb_state, from_bnb_state
+from finetune.quant.codebook4_grid import Codebook4Grid
+from finetune.quant.grid import Grid
 from finetune.quant.packed import PackedWeight
 
 
@@ -91,6 +93,13 @@ class Codebook4(PackedWeight):
         if not scale.isfinite().all():
             raise self._not_finite()
         return packed
+
+    def fit(self, weight: Tensor) -> Codebook4Grid:
+        return Codebook4Grid.of(self.encode(weight), self.codebook, self.block_size, self.shape)
+
+    def take(self, grid: Grid, codes: Tensor) -> None:
+        assert isinstance(grid, Codebook4Grid)
+        self.hold(grid.pack(codes))
 
     def decode(self, dtype: torch.dtype) -> Tensor:
         return ops.dequantize_4bit(*self.packed(), self.codebook, self.block_size, list(self.shape), dtype)

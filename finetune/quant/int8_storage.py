@@ -21,6 +21,8 @@ from finetune.errors import ConfigError, ModelError
 from finetune.kernels import int8
 from finetune.kernels.operand import Operand
 from finetune.quant.base import QuantConfig
+from finetune.quant.grid import Grid
+from finetune.quant.int8_grid import Int8Grid
 from finetune.quant.packed import PackedWeight
 
 ROW_MAJOR = 0
@@ -77,6 +79,16 @@ class Int8(PackedWeight):
             raise self._not_finite()
         codes = torch.cat([part.codes_MI for part in parts])
         return [codes.view(self.shape), absmax.view(self.shape[:-1])]
+
+    def fit(self, weight: Tensor) -> Int8Grid:
+        absmax = weight.to(torch.float16).abs().amax(dim=-1).float()
+        if not absmax.isfinite().all():
+            raise self._not_finite()
+        return Int8Grid(absmax)
+
+    def take(self, grid: Grid, codes: Tensor) -> None:
+        assert isinstance(grid, Int8Grid)
+        self.hold([codes, grid.absmax_O])
 
     def decode(self, dtype: torch.dtype) -> Tensor:
         return int8.dequantize_int8(self.weight, self.SCB, list(self.shape), dtype)

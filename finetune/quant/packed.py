@@ -16,9 +16,10 @@ from typing import Any, ClassVar, Self, cast
 import torch
 from torch import Tensor, nn
 
-from finetune.errors import ModelError
+from finetune.errors import ConfigError, ModelError
 from finetune.kernels.operand import Operand
 from finetune.quant.base import FrozenExperts, FrozenLinear, FrozenWeight, QuantConfig
+from finetune.quant.grid import Grid
 from finetune.quant.packed_expert import PackedExpert
 
 
@@ -49,6 +50,28 @@ class PackedWeight(FrozenWeight):
         Raises:
             ModelError: when a weight is not finite.
         """
+
+    @abstractmethod
+    def fit(self, weight: Tensor) -> Grid:
+        """The grid on which this module would store a weight, given in the layout of the codes and on its device.
+
+        `encode` takes the codes nearest on it; bitsandbytes' double quantization excepted (quant/codebook4_grid.py).
+
+        Raises:
+            ModelError: when a weight is not finite.
+        """
+
+    def fit_clipped(self, weight: Tensor) -> Grid:
+        """As `fit`, with the outermost weights of each group clipped where that lessens the error of the group.
+
+        Raises:
+            ConfigError: where the format has no such search.
+        """
+        raise ConfigError(f"{self.storage} has no search for the scales of its groups: expected an integer format")
+
+    @abstractmethod
+    def take(self, grid: Grid, codes: Tensor) -> None:
+        """Hold codes of a grid that `fit` gave, in the layout of the codes, [.., O, I], in its dtype for them."""
 
     @abstractmethod
     def decode(self, dtype: torch.dtype) -> Tensor:
@@ -96,7 +119,7 @@ class PackedWeight(FrozenWeight):
         mine = self._parameters["weight"]
         assert mine is not None
         device = weight.device if mine.is_meta else mine.device
-        self.hold(self.encode(self._codes_layout(weight.to(device))))
+        self.hold(self.encode(self.codes_layout(weight.to(device))))
 
     def bits_per_weight(self) -> float:
         held = (self._parameters[name] for name in self.stored)
@@ -107,13 +130,13 @@ class PackedWeight(FrozenWeight):
 
     def _requantized(self, weight: Tensor, empty: Self) -> Self:
         """`empty` filled with `weight`; with the stored bits where nothing changed."""
-        if torch.equal(self._codes_layout(weight).float(), self.decode(torch.float32).to(weight.device)):
+        if torch.equal(self.codes_layout(weight).float(), self.decode(torch.float32).to(weight.device)):
             empty.hold([self._parameters[name] for name in self.stored])
         else:
             empty.store(weight)
         return empty
 
-    def _codes_layout(self, weight: Tensor) -> Tensor:
+    def codes_layout(self, weight: Tensor) -> Tensor:
         """A weight in the order in which its codes run.
 
         Raises:
@@ -292,8 +315,8 @@ class PackedExperts(PackedWeight, FrozenExperts):
             transposed=self.transposed,
         )
 
-    def _codes_layout(self, weight: Tensor) -> Tensor:
-        return super()._codes_layout(weight.transpose(-1, -2) if self.transposed else weight)
+    def codes_layout(self, weight: Tensor) -> Tensor:
+        return super().codes_layout(weight.transpose(-1, -2) if self.transposed else weight)
 
     def extra_repr(self) -> str:
         return f"{self.num_experts} x ({self.in_features}, {self.out_features}), {self.storage}"

@@ -1,7 +1,7 @@
 """The merged model in NF4, as stock transformers with bitsandbytes opens it.
 
 Projections inside the blocks are rounded onto NF4 with the error compensated on training inputs
-(quant/compensation.py), to the nearest code where there are none; where the adapter changed nothing, the stored codes
+(quant/rounders/gptq.py), to the nearest code where there are none; where the adapter changed nothing, the stored codes
 are kept bit for bit. What bitsandbytes has no storage for (embeddings, norms, stacked experts) and the head, unless the
 base has it quantized, stay in 16 bits.
 
@@ -25,8 +25,9 @@ from finetune.model.headers import StoredTensor
 from finetune.model.stored import quantization_config
 from finetune.quant.base import QUANTIZERS, FrozenLinear
 from finetune.quant.codebook4 import Codebook4Linear
-from finetune.quant.compensation import compensate
 from finetune.quant.nf4 import NF4Config
+from finetune.quant.rounders.base import apply
+from finetune.quant.rounders.gptq import GPTQ
 from finetune.structure.inspect import projection_of
 
 MOST_BITS = 5.0
@@ -103,12 +104,13 @@ def _nf4(stored: Codebook4Linear | None, w_OI: Tensor, default: NF4Config, gram_
     if stored is not None and stored.codebook == "nf4":
         if torch.equal(w_OI.float(), stored.dequantize(torch.float32).to(w_OI.device)):
             return stored.requantize(w_OI)
-        quantized = stored.requantize(w_OI)
+        quantized = stored.like(stored.settings())
     else:
         quantized = QUANTIZERS.build(default, *w_OI.shape, bias=False, dtype=torch.float32, device=w_OI.device)
+    if gram_II is None:
         quantized.store(w_OI)
-    if gram_II is not None:
-        compensate(quantized, w_OI.to(quantized.weight.device), gram_II.to(quantized.weight.device))
+    else:
+        apply(GPTQ(), quantized, w_OI, [gram_II])
     return quantized
 
 

@@ -1,0 +1,125 @@
+"""GPTQ (Frantar et al. 2022, arXiv:2210.17323, section 3): later columns make good the error of each one.
+
+Over any grid: affine integers, NF4 and FP4, rows of int8. The grid is static: it is fixed from the weight as it was,
+before the first code is chosen, with its scales as they will be stored. So columns may be taken in any order
+(`act_order`) and no index of groups is needed to decode.
+
+An input that was zero in all samples teaches nothing about its column, which is rounded to nearest. (The paper's code
+sets it to zero, which the first input that is not zero would miss.)
+
+Shape suffixes: O out features, I in features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from finetune.errors import ConfigError
+from finetune.quant.affine_storage import AffineConfig
+from finetune.quant.base import QuantConfig
+from finetune.quant.grid import Grid
+from finetune.quant.packed import PackedWeight
+from finetune.quant.rounders.base import CALIBRATORS, CalibratorConfig, Choice, Rounder
+
+COLUMNS = 128
+"""Columns whose corrections are applied one by one; the rest of the matrix gets them in one product (section 3.2)."""
+STEPS = (1, 10, 100)
+"""Multiples of the damping that are tried until the Cholesky factor exists."""
+
+
+@dataclass
+class GPTQConfig(CalibratorConfig):
+    """Settings of GPTQ.
+
+    Attributes:
+        act_order: take the columns with the most energy first.
+        damping: share of the mean diagonal of H that is added to its diagonal; tenfold, then a hundredfold, where H is
+            not positive definite in float32, which is reported.
+        mse: search, for each group, the share of its range that leaves the least sum of |error|^2.4; integer formats.
+    """
+
+    needs_inputs: ClassVar[bool] = True
+
+    name: str = "gptq"
+    act_order: bool = True
+    damping: float = 0.01
+    mse: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.damping <= 1:
+            raise ConfigError(f"calibrator.damping is {self.damping}: expected a share above 0, at most 1")
+
+    def check_format(self, quant: QuantConfig) -> None:
+        if self.mse and not isinstance(quant, AffineConfig):
+            raise ConfigError(f"calibrator.mse=true searches the scales of integer formats: quant={quant.name} is none")
+
+
+@CALIBRATORS.register(GPTQConfig)
+class GPTQ(Rounder):
+    """Codes column by column. H is the sum of x x^T in float32; its scale changes nothing."""
+
+    def __init__(self, config: GPTQConfig | None = None) -> None:
+        self.config = config or GPTQConfig()
+
+    def fit(self, module: PackedWeight, weight: Tensor) -> Grid:
+        return module.fit_clipped(weight) if self.config.mse else module.fit(weight)
+
+    def choose(self, grid: Grid, w_OI: Tensor, gram_II: Tensor) -> Choice | None:
+        diagonal_I = gram_II.diagonal()
+        alive_I = diagonal_I > 0
+        if not alive_I.any():
+            return None
+        # Any positive curvature leaves the column of a dead input to be rounded; this one is neutral to the damping.
+        gram_II = gram_II + torch.diag((~alive_I).float() * diagonal_I[alive_I].mean())
+        order_I = torch.arange(len(gram_II), device=gram_II.device)
+        if self.config.act_order:
+            order_I = gram_II.diagonal().argsort(descending=True, stable=True)
+        factor_II, damping = inverse_factor(gram_II[order_I][:, order_I], self.config.damping)
+        if factor_II is None:
+            return Choice(
+                grid.round_columns(w_OI, 0), None, f"H is singular up to damping {damping:g}: rounded to nearest"
+            )
+        note = f"H needed damping {damping:g}" if damping != self.config.damping else ""
+        return Choice(_codes(grid, w_OI, factor_II, order_I), damping, note)
+
+
+def inverse_factor(gram_II: Tensor, damping: float) -> tuple[Tensor | None, float]:
+    """The upper Cholesky factor of the inverse, and the damping that it needed; None where it does not exist.
+
+    Args:
+        damping: share of the mean diagonal that is tried first.
+    """
+    mean, share = gram_II.diagonal().mean(), damping
+    for step in STEPS:
+        share = damping * step
+        damped = gram_II + torch.eye(len(gram_II), device=gram_II.device) * (share * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if failed:
+            continue
+        factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not failed and bool(factor.isfinite().all()):
+            return factor, share
+    return None, share
+
+
+def _codes(grid: Grid, w_OI: Tensor, factor_II: Tensor, order_I: Tensor) -> Tensor:
+    """Code after code in the given order of columns, each one's error spread over the columns still to come."""
+    order = order_I.tolist()
+    w_IO = w_OI[:, order_I].T.contiguous()  # a column, which is what is read and written here, then lies in one piece
+    codes: list[Tensor] = [w_IO] * len(order)
+    inverse_I = factor_II.diagonal().reciprocal()
+    for start in range(0, len(order), COLUMNS):
+        end = min(start + COLUMNS, len(order))
+        errors = torch.empty_like(w_IO[start:end])
+        for place in range(start, end):
+            value_O1, column = w_IO[place].unsqueeze(1), order[place]
+            codes[column] = grid.round_columns(value_O1, column)
+            error_O = (value_O1 - grid.decode(codes[column], column)).squeeze(1) * inverse_I[place]
+            w_IO[place + 1 : end].addr_(factor_II[place, place + 1 : end], error_O, alpha=-1)
+            errors[place - start] = error_O
+        w_IO[end:].addmm_(factor_II[start:end, end:].T, errors, alpha=-1)
+    return torch.cat(codes, dim=1)
