@@ -1,0 +1,185 @@
+"""Quantize a model in memory block by block, each one calibrated on what the quantized blocks before it put out.
+
+The order is GPTQ's (Frantar et al. 2022, arXiv:2210.17323, section 4): a block is replaced before the inputs of the
+next one are made, and within a block what reads the same tensor is quantized together, before what reads the result
+("true-sequential"). Without rows nothing is run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from finetune.quant.base import FrozenExperts, FrozenLinear, QuantConfig
+from finetune.quant.dense import DenseConfig, DenseExperts, DenseLinear
+from finetune.quant.freeze import empty_frozen, freeze
+from finetune.quant.gram import Gram
+from finetune.quant.packed import PackedWeight
+from finetune.quant.replay import Batch, inputs_of, reading_alike, record, run, watching
+from finetune.quant.rounders.base import Rounder, apply
+from finetune.quant.rounders.rtn import RTN
+from finetune.structure.base import Projection, Structure
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What became of one projection.
+
+    Attributes:
+        name: of the module, or of the 3-D parameter of experts.
+        error_rtn, error: as in `rounders.base.Rounded`.
+        damping: as there; None where rounding to nearest was kept.
+        bits_per_weight: of its storage.
+        samples: inputs that it was calibrated on, of all its experts together; 0 without calibration.
+        unseen: experts that saw none of them.
+        seconds: that its codes took.
+        note: what the user should know, empty for nothing.
+    """
+
+    name: str
+    error_rtn: float
+    error: float
+    damping: float | None
+    bits_per_weight: float
+    samples: int
+    unseen: int
+    seconds: float
+    note: str
+
+
+Progress = Callable[[Layer, int, int], None]
+"""`progress(layer, done, of)`, after each projection."""
+Prepare = Callable[[PackedWeight], None]
+"""Told each empty module before it is filled."""
+
+
+class Driver:
+    """One model on its way into a storage format.
+
+    Args:
+        model: of transformers, in memory, dense; changed in place.
+        structure: what `finetune.structure.inspect(model)` found.
+        quant: the storage format of its projections.
+        rounder: chooses the codes.
+        batches: calibration data; no row padded. Empty rounds to nearest whatever the inputs.
+        progress, prepare: see there.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        structure: Structure,
+        quant: QuantConfig,
+        rounder: Rounder,
+        batches: Sequence[Batch] = (),
+        progress: Progress = lambda layer, done, of: None,
+        prepare: Prepare = lambda module: None,
+    ) -> None:
+        self.model, self.structure, self.quant, self.rounder = model, structure, quant, rounder
+        self.batches, self.progress, self.prepare = batches, progress, prepare
+        self.todo = [p for p in structure.projections if not p.dense]
+        self.layers: list[Layer] = []
+
+    @torch.no_grad()
+    def go(self) -> list[Layer]:
+        """Quantize every projection of the blocks, and the head where the format says so.
+
+        Raises:
+            ModelError: when a weight is not finite.
+            ConfigError: where the head is to be quantized but shares its weight with the embeddings.
+        """
+        freeze(self.model, DenseConfig(), self.structure)
+        was_training = self.model.training
+        self.model.eval()
+        if self.batches:
+            for stack in self.structure.stacks:
+                self._stack(stack.blocks)
+        done = {layer.name for layer in self.layers}
+        for p in self.todo:
+            if p.name not in done:
+                self._quantize(p, [None] * p.experts if self.batches else [])
+        freeze(self.model, self.quant, replace(self.structure, projections=()))
+        self.model.train(was_training)
+        order = [p.name for p in self.todo]
+        return sorted(self.layers, key=lambda layer: order.index(layer.name))
+
+    def _stack(self, blocks: Sequence[str]) -> None:
+        """All blocks of a stack, in order."""
+        calls = record(self.model, blocks, self.batches)
+        hidden = calls.hidden
+        for number, name in enumerate(blocks):
+            if number and not calls.chained[number]:
+                hidden = inputs_of(self.model, name, self.batches)
+            block, arguments = self.model.get_submodule(name), calls.arguments[number]
+
+            def forward(block: nn.Module = block, arguments=arguments, hidden=hidden) -> Iterator[Tensor]:
+                return (run(block, x, call) for x, call in zip(hidden, arguments, strict=True))
+
+            self._block([p for p in self.todo if p.name.startswith(f"{name}.")], forward)
+            hidden = list(forward())
+            calls.arguments[number] = []  # nothing needs them any more
+
+    def _block(self, projections: list[Projection], forward: Callable[[], Iterator[Tensor]]) -> None:
+        """The projections of one block, group after group of those that read the same."""
+        by_name = {p.name: p for p in projections}
+        groups = [
+            [by_name[n] for n in names] for names in reading_alike(self.model, projections, lambda: next(forward()))
+        ]
+        grouped = {p.name for group in groups for p in group}
+        for group in groups:
+            self._group(group, group[:1] if group[0].kind != "experts" else group, forward)
+        # Not used in the first batch, as experts may be: what each of them reads is its own.
+        rest = [p for p in projections if p.name not in grouped]
+        if rest:
+            self._group(rest, rest, forward)
+
+    def _group(
+        self, group: list[Projection], watched: list[Projection], forward: Callable[[], Iterator[Tensor]]
+    ) -> None:
+        """Gather the inputs of a group over all batches, and quantize it.
+
+        Args:
+            watched: all of it, or one whose inputs are those of all.
+        """
+        seen: dict[tuple[str, int], Gram] = {}
+
+        def saw(name: str, expert: int, x: Tensor) -> None:
+            seen.setdefault((name, expert), Gram()).add(x)
+
+        with watching(self.model, watched, saw):
+            for _ in forward():
+                pass
+        for number, p in enumerate(group):
+            reader = watched[number if len(watched) == len(group) else 0]
+            self._quantize(p, [seen.get((reader.name, expert)) for expert in range(p.experts)])
+
+    def _quantize(self, p: Projection, grams: Sequence[Gram | None]) -> None:
+        """Put a frozen module in the place of a dense one."""
+        begun = time.perf_counter()
+        dense = self.model.get_submodule(p.name)
+        assert isinstance(dense, DenseLinear | DenseExperts)
+        weight = dense.weight
+        frozen = empty_frozen(self.quant, p, dense, dtype=weight.dtype, device=weight.device)
+        assert isinstance(frozen, PackedWeight) and isinstance(frozen, FrozenLinear | FrozenExperts)
+        self.prepare(frozen)
+        matrices = [None if gram is None else gram.matrix_II for gram in grams]
+        result = apply(self.rounder if grams else RTN(), frozen, dense.dequantize(weight.dtype), matrices)
+        parent, _, leaf = p.name.rpartition(".")
+        setattr(self.model.get_submodule(parent), leaf, frozen)
+        layer = Layer(
+            p.name,
+            result.error_rtn,
+            result.error,
+            result.damping,
+            frozen.bits_per_weight(),
+            sum(gram.samples for gram in grams if gram is not None),
+            sum(matrix is None for matrix in matrices),
+            time.perf_counter() - begun,
+            result.note,
+        )
+        self.layers.append(layer)
+        self.progress(layer, len(self.layers), len(self.todo))
