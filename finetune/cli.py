@@ -267,6 +267,20 @@ def offsite(arguments: list[str]) -> int:
     return split(job) if action == "split" else plug(job, config.adapter.path)
 
 
+def quantize(arguments: list[str]) -> int:
+    """`finetune quantize model.path=... quant=int4 calibrator=gptq data.calibration=FILE output=DIR`."""
+    from finetune.compose import compose_config
+    from finetune.config import to_config
+    from finetune.quantize.config import QuantizeConfig
+    from finetune.startup import importing
+
+    config_dir = CHECKOUT_CONFIGS if CHECKOUT_CONFIGS.joinpath("train.yaml").is_file() else PACKAGED_CONFIGS
+    with importing():
+        tree = compose_config(arguments, config_dir.resolve(), name="quantize", kind=QuantizeConfig)
+        from finetune.quantize.run import quantize as make
+    return make(to_config(tree, QuantizeConfig))
+
+
 def combine(arguments: list[str]) -> int:
     """`finetune combine adapters=[A,B] weights=[0.7,0.3] output=DIR`: one LoRA that is the weighted sum of others."""
     from finetune.combine import configured, run
@@ -282,6 +296,7 @@ def combine(arguments: list[str]) -> int:
 VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (train, "fine-tune, merge, export and prove (the same as python train.py)"),
     "offsite": (offsite, "split a model into an emulator to ship; plug in what comes back"),
+    "quantize": (quantize, "a dense checkpoint in fewer bits, calibrated and measured, ready to train on"),
     "combine": (combine, "one LoRA that is the weighted sum of saved ones, exact or at a smaller rank"),
     "doctor": (doctor, "versions, device and backends, ready to paste into a bug report"),
 }

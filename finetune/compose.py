@@ -22,7 +22,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from finetune.config import PLUGGED, conversion_message, register_schemas, stray_keys, to_run_config
+from finetune.config import PLUGGED, RunConfig, conversion_message, register_schemas, stray_keys, to_config
 from finetune.errors import ConfigError, nearest
 
 CONFIG_NAME = "train"
@@ -83,13 +83,21 @@ def parse(overrides: list[str]) -> list[Override]:
         raise ConfigError(f"cannot read the override: {' '.join(str(error).split())}") from error
 
 
-def compose_config(overrides: list[str], config_dir: Path, extra_dirs: list[str] | None = None) -> DictConfig:
+def compose_config(
+    overrides: list[str],
+    config_dir: Path,
+    extra_dirs: list[str] | None = None,
+    name: str = CONFIG_NAME,
+    kind: type = RunConfig,
+) -> DictConfig:
     """Compose and check the configuration tree of one job.
 
     Args:
         overrides: as on the command line, without sweeps.
         config_dir: the directory that holds train.yaml.
         extra_dirs: directories of `--config-dir`.
+        name: of the tree: its file in `config_dir`.
+        kind: of the tree: its dataclass.
 
     Raises:
         ConfigError: one line; unknown keys all at once.
@@ -104,14 +112,14 @@ def compose_config(overrides: list[str], config_dir: Path, extra_dirs: list[str]
         if extra_dirs:
             tolerant.append("hydra.searchpath=[" + ",".join(f"file://{Path(d).resolve()}" for d in extra_dirs) + "]")
         try:
-            config = compose(CONFIG_NAME, overrides=tolerant)
+            config = compose(name, overrides=tolerant)
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(_composition_message(error, overrides, groups)) from error
     strays = stray_keys(config)
     if strays:
         raise ConfigError("; ".join(strays))
     if not names_the_job(config):
-        to_run_config(config)
+        to_config(config, kind)
     return config
 
 
@@ -130,9 +138,8 @@ def help_text(overrides: list[str], config_dir: Path, extra_dirs: list[str]) -> 
     """
     tree = compose_config(overrides, config_dir, extra_dirs)
     groups = group_choices([config_dir, Path.cwd() / "conf", *map(Path, extra_dirs)])
-    choices = [
-        f"  {'+' if group == 'experiment' else ''}{group}={' | '.join(groups[group])}" for group in sorted(groups)
-    ]
+    shown = [group for group in sorted(groups) if group in tree or group == "experiment"]
+    choices = [f"  {'+' if group == 'experiment' else ''}{group}={' | '.join(groups[group])}" for group in shown]
     lines = [
         "usage: python train.py [GROUP=CHOICE ...] [KEY=VALUE ...]      (installed: finetune train ...)",
         "",

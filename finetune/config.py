@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -26,6 +26,8 @@ from finetune.model.config import ModelConfig
 from finetune.model.task import judges_rows
 from finetune.offsite.config import OffsiteConfig
 from finetune.quant.base import QUANTIZERS, QuantConfig
+from finetune.quant.rounders.base import CALIBRATORS
+from finetune.quantize.config import QuantizeConfig
 from finetune.registry import Registry
 from finetune.training.config import (
     OBJECTIVES,
@@ -37,6 +39,8 @@ from finetune.training.config import (
     TrainConfig,
 )
 
+Tree = TypeVar("Tree")
+
 FORMAT_VERSION = 1
 GROUPS: dict[str, Registry[Any]] = {
     "quant": QUANTIZERS,
@@ -46,6 +50,9 @@ GROUPS: dict[str, Registry[Any]] = {
     "tracking": TRACKERS,
 }
 """Config groups whose choices are found by a scan; the key is the group's name in `conf/` and in the tree."""
+
+VERB_GROUPS: dict[str, Registry[Any]] = {"calibrator": CALIBRATORS}
+"""The same for groups that only a verb's own tree has: `finetune quantize`."""
 
 PLUGGED: dict[str, list[str]] = {}
 """Choices that installed plug-ins brought, by group."""
@@ -104,7 +111,8 @@ def register_schemas() -> None:
     store = ConfigStore.instance()
     PLUGGED.clear()
     store.store(name="schema", node=RunConfig)
-    for group, registry in GROUPS.items():
+    store.store(name="quantize_schema", node=QuantizeConfig)
+    for group, registry in (GROUPS | VERB_GROUPS).items():
         for name, config_type in registry.types().items():
             store.store(group=f"schema/{group}", name=name, node=config_type)
             if not config_type.__module__.startswith("finetune."):
@@ -140,6 +148,11 @@ def stray_keys(config: DictConfig) -> list[str]:
 
 
 def to_run_config(config: DictConfig) -> RunConfig:
+    """As `to_config`, of the tree of a run."""
+    return to_config(config, RunConfig)
+
+
+def to_config(config: DictConfig, kind: type[Tree]) -> Tree:
     """Dataclasses from a composed tree; ranges are checked by each dataclass itself.
 
     Raises:
@@ -149,11 +162,11 @@ def to_run_config(config: DictConfig) -> RunConfig:
     if strays:
         raise ConfigError("; ".join(strays))
     try:
-        run_config = OmegaConf.to_object(config)
+        tree = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         raise ConfigError(conversion_message(error)) from error
-    assert isinstance(run_config, RunConfig)
-    return run_config
+    assert isinstance(tree, kind)
+    return tree
 
 
 def conversion_message(error: OmegaConfBaseException) -> str:

@@ -10,11 +10,11 @@ import pytest
 from omegaconf import OmegaConf
 
 from finetune.compose import compose_config, expand
-from finetune.config import load_config, resumed, save_config, to_run_config
+from finetune.config import VERB_GROUPS, load_config, resumed, save_config, to_run_config
 from finetune.errors import ConfigError
 
 CONF = Path(__file__).parents[1] / "conf"
-CHOICES = sorted(p.relative_to(CONF).with_suffix("") for p in CONF.glob("*/*.yaml"))
+CHOICES = sorted(p.relative_to(CONF).with_suffix("") for p in CONF.glob("*/*.yaml") if p.parent.name not in VERB_GROUPS)
 
 
 def override_for(choice: Path) -> str:

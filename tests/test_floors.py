@@ -16,7 +16,7 @@ FLOORS = [
     {"pipeline", "compose", "processes"},
     {"doctor", "checks"},
     {"config", "report", "samples", "combine", "adaptation"},
-    {"offsite"},
+    {"offsite", "quantize"},
     {"training", "export"},
     {"evaluation", "metrics"},
     {"model"},

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,14 @@ class Header:
         with self.path.open("rb") as file:
             file.seek(tensor.start)
             return file.read(tensor.end - tensor.start)
+
+
+def usual_dtype(headers: Iterable[Header]) -> str:
+    """The dtype, by its name in safetensors, that most of a checkpoint's bytes are in; empty where there are none."""
+    sizes: dict[str, int] = {}
+    for tensor in (tensor for header in headers for tensor in header.tensors):
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.end - tensor.start
+    return max(sizes, key=lambda name: sizes[name], default="")
 
 
 def read_header(path: Path) -> Header:

@@ -104,7 +104,7 @@ class FrozenBaseQuantizer(HfQuantizer):
         self.loading.stacks = bool(stacks)
         # Their operations cannot be undone (saving would try); what is saved is packed as it was.
         conversions = getattr(model, "_weight_conversions", None) or []
-        model._weight_conversions = [c for c in conversions if not _packs(c, stacks)]  # type: ignore[assignment]
+        model._weight_conversions = [c for c in conversions if not packs(c, stacks)]  # type: ignore[assignment]
         if self.loading.told() is None:
             self.remove_quantization_config(model)
         return model
@@ -180,6 +180,7 @@ class FrozenBaseQuantizer(HfQuantizer):
         quant = self.loading.stored.format.settings_of(stored, name, self.loading.quant)
         if projection.dense:
             raise ModelError(f"{name} is packed in the checkpoint, but the model's own code wants it in floating point")
+        stored = self.loading.stored.format.state(stored, name, quant, self.loading.dtype)
         frozen = self._empty(model, projection, quant, stored["weight"].device)
         assert isinstance(frozen, PackedWeight)
         frozen.take_state(stored, f"{path}.")
@@ -294,7 +295,7 @@ def _single(value: Any) -> Tensor:
     return value[0] if isinstance(value, list) else value
 
 
-def _packs(conversion: Any, stacks: list[str]) -> bool:
+def packs(conversion: Any, stacks: list[str]) -> bool:
     """Whether a conversion is one of ours, or makes one of the stacks that are packed now."""
     operations = getattr(conversion, "operations", ())
     if any(isinstance(operation, Freeze) for operation in operations):

@@ -11,12 +11,14 @@ from finetune.errors import ModelError
 from finetune.model.affine_format import AffineCodes
 from finetune.model.bnb_format import Bnb4bit
 from finetune.model.bnb_int8_format import BnbInt8
+from finetune.model.compressed_format import METHOD as COMPRESSED
+from finetune.model.compressed_format import CompressedTensors
 from finetune.model.headers import Header
 from finetune.model.stored_format import StoredFormat
 from finetune.quant.base import QuantConfig
 from finetune.quant.dense import DenseConfig
 
-FORMATS: tuple[StoredFormat, ...] = (Bnb4bit(), BnbInt8(), AffineCodes())
+FORMATS: tuple[StoredFormat, ...] = (Bnb4bit(), BnbInt8(), AffineCodes(), CompressedTensors())
 METHOD = "finetune"
 """`quant_method` of a checkpoint that only we read; stock transformers refuses it by this name."""
 FORMAT_VERSION = 1
@@ -47,10 +49,10 @@ def storage_of(config: dict[str, Any], headers: list[Header], where: str) -> Sto
     if told is None and not found:
         return None
     method = (told or {}).get("quant_method", "bitsandbytes")
-    if method not in ("bitsandbytes", METHOD):
+    if method not in ("bitsandbytes", COMPRESSED, METHOD):
         raise ModelError(
-            f"{where} is stored as {method}, which cannot be a base here: expected dense weights, bitsandbytes or "
-            f"{METHOD}"
+            f"{where} is stored as {method}, which cannot be a base here: expected dense weights, bitsandbytes, "
+            f"{COMPRESSED} or {METHOD}"
         )
     version = (told or {}).get("format_version", FORMAT_VERSION)
     if method == METHOD and version != FORMAT_VERSION:

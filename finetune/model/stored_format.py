@@ -63,6 +63,20 @@ class StoredFormat(ABC):
             ModelError: where they do not say.
         """
 
+    def state(self, stored: dict[str, Tensor], name: str, quant: QuantConfig, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The tensors of one weight under the keys that its module takes; by default they are those of the checkpoint.
+
+        Args:
+            stored: the weight and its companions, by their names relative to the module.
+            name: of the weight.
+            quant: what `settings_of` said.
+            dtype: that the weight stands for.
+
+        Raises:
+            ModelError: where one is missing, naming it.
+        """
+        return stored
+
     @abstractmethod
     def writes(self, quant: QuantConfig) -> bool:
         """Whether modules of that configuration save themselves so."""

@@ -15,7 +15,7 @@ from finetune.export.base import ExportSource
 from finetune.export.directory import published
 from finetune.model.check import check_directory, check_path
 from finetune.model.config import ModelConfig
-from finetune.model.headers import Header
+from finetune.model.headers import Header, usual_dtype
 from finetune.offsite.config import NONE, OffsiteConfig
 from finetune.offsite.cut import Cut, plan
 from finetune.quant.base import QUANTIZERS, QuantConfig
@@ -93,10 +93,7 @@ def stored_dtype(model: ModelConfig, headers: list[Header]) -> Any:
 
     if not headers:
         raise ConfigError(f"model.path={model.path} is not on this machine: download it and name its directory")
-    sizes: dict[str, int] = {}
-    for tensor in (tensor for header in headers for tensor in header.tensors):
-        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.end - tensor.start
-    most = max(sizes, key=lambda name: sizes[name])
+    most = usual_dtype(headers)
     if most not in DTYPES:
         raise ConfigError(
             f"model.path={model.path} is stored as {most}: offsite needs the dense checkpoint ({', '.join(DTYPES)})"

@@ -73,6 +73,7 @@ class AffineGrid:
         scale_OG = torch.where(scale_OG == 0, 1.0, scale_OG)
         if scale_dtype is not None:
             scale_OG = scale_OG.to(scale_dtype).float()
+            scale_OG = torch.where(scale_OG == 0, 1.0, scale_OG)
         scale_OG = _stored(scale_OG)
         zero_OG = None
         if not symmetric and zero_point == "real":

@@ -1,0 +1,166 @@
+"""compressed-tensors' `pack-quantized` layout: affine integers of linear layers, for vLLM and stock transformers.
+
+In place of `weight` (compressed-tensors 0.20, compressors/pack_quantized): `weight_packed` (int32 [O, ceil(I * bits /
+32)], codes along the input, least significant bits first), `weight_scale` ([O, G] in a floating dtype), `weight_shape`
+(int64 [2]), and where there are zero points `weight_zero_point` (int32 [ceil(O * bits / 32), G], packed along the
+output). Codes and zero points are signed there and packed with 2^(bits-1) added, which are our own unsigned ones.
+
+Shape suffixes: O out features, I in features, G groups of a row, P packed bytes of a row.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finetune.errors import ConfigError, ModelError
+from finetune.kernels import affine
+from finetune.model.stored_format import Held, StoredFormat
+from finetune.quant.affine import AffineLinear
+from finetune.quant.affine_storage import BITS, FACTS, FORMAT_VERSION, AffineConfig
+from finetune.quant.base import QUANTIZERS, QuantConfig
+from finetune.quant.bnb_state import pack_json
+
+METHOD = "compressed-tensors"
+PACKED_BITS = (4, 8)
+"""Widths that every version of the package packs alike."""
+WORD = 4
+"""Bytes of an int32."""
+
+
+class CompressedTensors(StoredFormat):
+    """`pack-quantized` weights of 4 or 8 bits."""
+
+    mark = "weight_packed"
+    companions = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+
+    def settings(self, told: dict[str, Any], held: Held, where: str) -> QuantConfig:
+        if any(name.endswith(".weight_g_idx") for name in held):
+            raise ModelError(f"{where} keeps an index of groups (actorder: group): expected static groups")
+        schemes = [group.get("weights") or {} for group in (told.get("config_groups") or {}).values()]
+        found = [_config(scheme, where) for scheme in schemes]
+        if not found or any(config != found[0] for config in found):
+            raise ModelError(f"{where}: config.json has {len(found)} schemes of weights, expected one for all layers")
+        activations = [group.get("input_activations") for group in told["config_groups"].values()]
+        if any(activations):
+            raise ModelError(f"{where} rounds its activations too, which is not read here: expected weights only")
+        return found[0]
+
+    def settings_of(self, stored: dict[str, Tensor], name: str, quant: QuantConfig) -> QuantConfig:
+        return quant
+
+    def writes(self, quant: QuantConfig) -> bool:
+        return False  # a model saved as it is in memory has our own keys
+
+    def state(self, stored: dict[str, Tensor], name: str, quant: QuantConfig, dtype: torch.dtype) -> dict[str, Tensor]:
+        assert isinstance(quant, AffineConfig)
+        path = name.removesuffix("weight")
+        zeros = ["weight_zero_point"] if quant.zeros != "none" else []
+        for key in ("weight_packed", "weight_scale", "weight_shape", *zeros):
+            if key not in stored:
+                raise ModelError(f"{path}{key} is missing from the checkpoint")
+        rows, width = (int(size) for size in stored["weight_shape"].tolist())
+        scale = stored["weight_scale"]
+        facts = {
+            "format_version": FORMAT_VERSION,
+            "bits": quant.bits,
+            "group_size": quant.group_size,
+            "zero_point": quant.zeros,
+            "dtype": str(dtype).removeprefix("torch."),
+            "shape": [rows, width],
+        }
+        state = {
+            "weight": _bytes(stored["weight_packed"])[:, : affine.packed_width(width, quant.bits)].contiguous(),
+            "weight.scale": scale if scale.dtype in (torch.float16, torch.float32) else scale.float(),
+            FACTS: pack_json(facts),
+        }
+        if quant.zeros != "none":
+            packed_GP = _bytes(stored["weight_zero_point"].T)
+            state["weight.zero"] = affine.unpack(packed_GP, quant.bits, rows).T.contiguous()
+        return state
+
+
+def holds(quant: QuantConfig) -> bool:
+    """Whether the layout has a place for a format at all; `fits` says so of a width."""
+    return isinstance(quant, AffineConfig) and quant.bits in PACKED_BITS and quant.zeros in ("none", "integer")
+
+
+def fits(quant: QuantConfig, in_features: int) -> bool:
+    """Whether the groups of a row are all of one size, which this layout wants."""
+    assert isinstance(quant, AffineConfig)
+    return quant.group_size < 0 or in_features % quant.group_size == 0
+
+
+def compressed_state(linear: AffineLinear, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of a module under compressed-tensors' keys, without the bias.
+
+    Args:
+        dtype: of the scales; one that they survive (`Affine.scale_dtype`).
+    """
+    stored = linear.packed()
+    state = {
+        "weight_packed": _words(stored.codes_OP),
+        "weight_scale": stored.scale_OG.detach().to(dtype),
+        "weight_shape": torch.tensor(linear.shape),
+    }
+    if stored.zero_OG is not None:
+        state["weight_zero_point"] = _words(affine.pack(stored.zero_OG.T, linear.bits)).T.contiguous()
+    return state
+
+
+def stock_config(quant: QuantConfig, kept: list[str]) -> dict[str, Any]:
+    """`quantization_config` of config.json.
+
+    Args:
+        kept: names of the linear modules that are not quantized.
+    """
+    assert isinstance(quant, AffineConfig)
+    row = quant.group_size < 0
+    weights = {
+        "num_bits": quant.bits,
+        "type": "int",
+        "symmetric": quant.symmetric,
+        "strategy": "channel" if row else "group",
+        "group_size": None if row else quant.group_size,
+        "dynamic": False,
+    }
+    told = {
+        "quant_method": METHOD,
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "ignore": sorted(kept),
+    }
+    # compressed-tensors 0.20 makes room for unpacked zero points and then refuses packed ones, unless transformers
+    # decodes weights while it loads them.
+    return told if quant.symmetric else told | {"dequantize": True}
+
+
+def _config(scheme: dict[str, Any], where: str) -> AffineConfig:
+    """A scheme of weights as one of our configurations."""
+    bits, strategy = scheme.get("num_bits"), scheme.get("strategy")
+    name = next((name for name, count in BITS.items() if count == bits and bits in PACKED_BITS), None)
+    if name is None or scheme.get("type") != "int" or strategy not in ("group", "channel"):
+        raise ModelError(
+            f"{where} is packed as {bits} bits {scheme.get('type')} by {strategy}, which is not read here: expected int"
+            " of 4 or 8 bits by group or channel"
+        )
+    size = int(scheme["group_size"]) if strategy == "group" else -1
+    try:
+        kind: Any = QUANTIZERS.type_of(name)
+        return kind(group_size=size, symmetric=bool(scheme.get("symmetric", True)), zero_point="integer")
+    except ConfigError as error:
+        raise ModelError(f"{where}: {error}") from error
+
+
+def _words(bytes_RP: Tensor) -> Tensor:
+    """Rows of bytes as rows of int32, filled up with 0."""
+    short = -bytes_RP.shape[-1] % WORD
+    return torch.nn.functional.pad(bytes_RP.detach(), (0, short)).contiguous().view(torch.int32)
+
+
+def _bytes(words: Tensor) -> Tensor:
+    """Rows of int32 as rows of bytes."""
+    return words.contiguous().view(torch.uint8)

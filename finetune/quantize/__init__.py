@@ -1,0 +1,1 @@
+"""`finetune quantize`: a dense checkpoint becomes a quantized one, calibrated, measured and published whole."""

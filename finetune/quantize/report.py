@@ -1,0 +1,75 @@
+"""The report: what a quantization cost in size, layer by layer in error, and in the end in perplexity and KL."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from finetune.model.describe import storage_table
+from finetune.quant.driver import Layer
+
+FORMAT_VERSION = 1
+WORST = 8
+"""Layers that the printed table names: those with the largest error."""
+
+
+def collect(
+    directory: Path, model: nn.Module, layers: Sequence[Layer], quality: dict[str, Any] | None
+) -> dict[str, Any]:
+    """The report as plain values.
+
+    Args:
+        directory: the checkpoint, written.
+        quality: from measure.py; None where there was no text to measure on.
+    """
+    rows = storage_table(model)
+    packed = [row for row in rows if not row.dense]
+    return {
+        "format_version": FORMAT_VERSION,
+        "bytes": sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()),
+        "bits_per_weight": 8 * sum(row.bytes for row in packed) / max(1, sum(row.weights for row in packed)),
+        "bits_per_weight_model": 8 * sum(row.bytes for row in rows) / max(1, sum(row.weights for row in rows)),
+        "quality": quality,
+        "layers": [asdict(layer) for layer in layers],
+    }
+
+
+def table(record: dict[str, Any]) -> str:
+    """The report as text: a line of totals, quality, the worst layers and whatever was noted."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    layers = sorted(record["layers"], key=lambda layer: -layer["error"])
+    shown = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for column in (f"worst {min(WORST, len(layers))} of {len(layers)}", "error", "nearest", "ratio", "damping", "bits"):
+        shown.add_column(column, justify="left" if column.startswith("worst") else "right", no_wrap=True)
+    for layer in layers[:WORST]:
+        ratio = layer["error_rtn"] / layer["error"] if layer["error"] > 0 else 1.0
+        damping = "-" if layer["damping"] is None else f"{layer['damping']:g}"
+        errors = (f"{layer['error']:.2e}", f"{layer['error_rtn']:.2e}", f"{ratio:.2f}")
+        shown.add_row(layer["name"], *errors, damping, f"{layer['bits_per_weight']:.3f}")
+    text = io.StringIO()
+    Console(file=text, width=140).print(shown)
+    lines = [line.rstrip() for line in text.getvalue().strip("\n").splitlines()]
+    lines.append(
+        f"{record['bits_per_weight']:.3f} bits a weight ({record['bits_per_weight_model']:.2f} over the whole model),"
+        f" {record['bytes'] / 1e6:.1f} MB, {record['seconds']:.0f} s"
+    )
+    quality = record["quality"]
+    if quality is not None:
+        lines.append(
+            f"held-out perplexity {_figure(quality['perplexity_dense'])} dense, {_figure(quality['perplexity'])}"
+            f" quantized; KL {_figure(quality['kl_mean'])} nats a token, same top token"
+            f" {_figure(quality['top1_agreement'])}, over {quality['tokens']} tokens"
+        )
+    return "\n".join(lines)
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"

@@ -1,0 +1,148 @@
+"""Calibration and held-out text as pieces of tokens, none of them padded; what is wrong with it is told at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from finetune.data.files import check_file
+from finetune.data.lengths import longest
+from finetune.data.sources import Source, recognise_all, resolve
+from finetune.data.templates import choose_template
+from finetune.data.tokenizing import Recipe, tokenize_side
+from finetune.errors import DataError
+from finetune.quant.base import QuantConfig
+from finetune.quantize.config import CalibrationConfig
+
+HELD_OUT = 10
+"""One piece of so many is held out where no other text is named to measure on."""
+MOST_EVAL = 64
+"""Pieces that are measured on, at most."""
+UNKNOWN = 0.5
+"""A larger share of unknown tokens than this means that the text is in another vocabulary."""
+BATCH_TOKENS = 4096
+"""Tokens that are run at a time."""
+
+
+@dataclass
+class Text:
+    """Pieces of tokens, int64 [length] each.
+
+    Attributes:
+        calibration: to calibrate on; empty without calibration data.
+        eval: to measure on; empty where there is nothing to hold out.
+    """
+
+    calibration: list[Tensor] = field(default_factory=list)
+    eval: list[Tensor] = field(default_factory=list)
+
+
+def check_text(config: CalibrationConfig) -> None:
+    """Look at what can be seen without a tokenizer.
+
+    Raises:
+        DataError: naming the file and what is wrong with it.
+        ConfigError: for a source of the wrong kind.
+    """
+    for key, value in (("data.calibration", config.calibration), ("data.eval", config.eval)):
+        for source in [] if value is None else resolve(value, key):
+            for path in source.files:
+                check_file(path)
+            if source.files:
+                recognise_all(config.reading(value), [source])
+
+
+def read_text(config: CalibrationConfig, tokenizer: Any, vocabulary: int, context: int, quant: QuantConfig) -> Text:
+    """The pieces to calibrate and to measure on.
+
+    Args:
+        vocabulary: rows of the model's embeddings.
+        context: tokens that the model can attend over.
+        quant: whose groups have to be smaller than the text.
+
+    Raises:
+        DataError: for text that is empty, nothing but padding, in another vocabulary, or shorter than a group.
+        ConfigError: for settings that conflict with the model.
+    """
+    length = longest(config.max_length, context)
+    text = Text()
+    if config.eval is not None:
+        text.eval = _pieces("data.eval", config.eval, config, tokenizer, vocabulary, length)
+    if config.calibration is not None:
+        pieces = _pieces("data.calibration", config.calibration, config, tokenizer, vocabulary, length)
+        if config.eval is None and len(pieces) > 1:
+            every = min(HELD_OUT, len(pieces))
+            text.eval = pieces[every - 1 :: every]
+            pieces = [piece for number, piece in enumerate(pieces, 1) if number % every]
+        text.calibration = pieces[: config.samples]
+        _check_enough(sum(map(len, text.calibration)), quant)
+    text.eval = text.eval[:MOST_EVAL]
+    return text
+
+
+def batches_of(pieces: list[Tensor]) -> list[dict[str, Any]]:
+    """What the model is called with: pieces of one length together."""
+    by_length: dict[int, list[Tensor]] = {}
+    for piece in pieces:
+        by_length.setdefault(len(piece), []).append(piece)
+    return [
+        {"input_ids": torch.stack(alike[start : start + max(1, BATCH_TOKENS // length)]), "use_cache": False}
+        for length, alike in by_length.items()
+        for start in range(0, len(alike), max(1, BATCH_TOKENS // length))
+    ]
+
+
+def _pieces(
+    key: str, value: Any, config: CalibrationConfig, tokenizer: Any, vocabulary: int, length: int
+) -> list[Tensor]:
+    """The rows of a source behind one another, in pieces of `length` tokens; the last may be shorter."""
+    data, sources = config.reading(value), resolve(value, key, side="eval" if key == "data.eval" else "train")
+    forms = recognise_all(data, sources)
+    template = choose_template(config.chat_template, tokenizer, {form.kind for form in forms})
+    ids = tokenize_side(key, sources, forms, Recipe(data, tokenizer, template, length)).rows.input_ids
+    ids = _usable(key, ids.astype(np.int64), sources, tokenizer, vocabulary)
+    tokens = torch.from_numpy(ids)
+    return [piece for piece in tokens.split(length) if len(piece) > 1]
+
+
+def _usable(key: str, ids: np.ndarray, sources: list[Source], tokenizer: Any, vocabulary: int) -> np.ndarray:
+    """Tokens without padding.
+
+    Raises:
+        DataError: where there are none, or they are not the model's.
+    """
+    where = f"{key}: {', '.join(Path(source.name).name for source in sources)}"
+    if len(ids) and int(ids.max()) >= vocabulary:
+        raise DataError(
+            f"{where} has token {int(ids.max())}, the model's embeddings have {vocabulary} rows: the tokenizer beside"
+            " the model makes tokens of another vocabulary"
+        )
+    special = (tokenizer.eos_token_id, tokenizer.bos_token_id)
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in special:
+        ids = ids[ids != tokenizer.pad_token_id]
+    if len(ids) < 2:
+        raise DataError(f"{where} holds nothing but padding: expected text")
+    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id not in special:
+        share = float((ids == tokenizer.unk_token_id).mean())
+        if share > UNKNOWN:
+            raise DataError(
+                f"{where} is in another vocabulary: {share:.0%} of its tokens are {tokenizer.unk_token!r} to the"
+                " model's tokenizer"
+            )
+    return ids
+
+
+def _check_enough(tokens: int, quant: QuantConfig) -> None:
+    """Refuse text from which not even one group of weights can be told apart."""
+    for key in ("group_size", "block_size"):
+        size = getattr(quant, key, 0)
+        if tokens < size:
+            raise DataError(
+                f"data.calibration leaves {tokens} tokens to calibrate on, fewer than the {size} weights of a group"
+                f" (quant.{key}): expected more text"
+            )

@@ -1,0 +1,104 @@
+"""The checkpoint that is written: in a public layout wherever one can hold what is in memory, else in ours.
+
+- NF4, FP4 and int8 of linear layers: bitsandbytes' own keys.
+- 4 and 8 bit integers of linear layers, in whole groups, symmetric or with integer zero points: compressed-tensors.
+- Whatever else (2 and 3 bits, real zero points, short last groups, Conv1Ds in integers, stacks of experts): our keys,
+  which stock transformers refuses by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetune.export.base import ExportSource
+from finetune.export.directory import narrowed
+from finetune.export.merge import Stock, frozen_at, stored_weight
+from finetune.export.stock import write_config, write_tokenizer, write_weights
+from finetune.model import compressed_format
+from finetune.model.stored import quantization_config
+from finetune.quant.affine import AffineLinear
+from finetune.quant.base import QuantConfig
+from finetune.quant.packed import PackedExperts, PackedLinear, PackedWeight
+from finetune.structure.base import Structure
+from finetune.structure.inspect import projection_of
+
+
+def compressed(quant: QuantConfig, structure: Structure) -> bool:
+    """Whether compressed-tensors can hold every projection of a model that is to be quantized."""
+    todo = [p for p in structure.projections if not p.dense]
+    return compressed_format.holds(quant) and all(
+        p.kind == "linear" and compressed_format.fits(quant, p.in_features) for p in todo
+    )
+
+
+def write(source: ExportSource, quant: QuantConfig, in_public: bool, directory: Path) -> str:
+    """Write a quantized model, its tokenizer and configuration; returns who reads it, in words.
+
+    Args:
+        source: the model, no adapter attached.
+        quant: what its projections are stored in.
+        in_public: as `compressed` said before they were.
+    """
+    model = source.model
+    stock = Stock.of(model)
+    packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedWeight)}
+    stacks = [name for name, module in packed.items() if isinstance(module, PackedExperts)]
+    linears = [name for name, module in stock.model.named_modules() if projection_of(module, name) is not None]
+    kept = [name for name in linears if name not in packed]
+    in_public = in_public and all(isinstance(module, AffineLinear) for module in packed.values())
+    if in_public:
+        told: dict[str, Any] | None = compressed_format.stock_config(quant, kept)
+    else:
+        told = quantization_config(quant, source.dtype, kept, stacks=bool(stacks))
+    _let_stacks_pass(stock.model, stacks)
+    write_weights(source, stock, _tensors(model, stock, source.dtype, in_public), directory)
+    write_config(source, directory, untied=False, quantization_config=told)
+    write_tokenizer(source, directory)
+    method = (told or {}).get("quant_method")
+    return {
+        "bitsandbytes": "transformers + bitsandbytes, and finetune",
+        compressed_format.METHOD: "transformers or vLLM with compressed-tensors, and finetune",
+    }.get(str(method), "finetune alone: no public layout holds this storage")
+
+
+def _tensors(model: nn.Module, stock: Stock, dtype: torch.dtype, in_public: bool) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the checkpoint under its name in the stock model."""
+    for name in stock.names:
+        path, _, leaf = name.rpartition(".")
+        stack = frozen_at(model, name)
+        if isinstance(stack, PackedExperts):
+            yield from ((f"{name}.{key}", tensor) for key, tensor in stack.packed_state().items())
+            continue
+        linear = frozen_at(model, path) if path and leaf == "weight" else None
+        if isinstance(linear, PackedLinear):
+            if in_public and isinstance(linear, AffineLinear):
+                state = compressed_format.compressed_state(linear, dtype)
+            else:
+                state = linear.packed_state()
+            yield from ((f"{path}.{key}", tensor) for key, tensor in state.items())
+            continue
+        weight = stored_weight(model, name, stock.projections.get(name))
+        yield name, weight if weight.dtype == torch.float32 and _dense_in_fp32(model, path) else narrowed(weight, dtype)
+
+
+def _dense_in_fp32(model: nn.Module, path: str) -> bool:
+    """Whether the model keeps what lies at a path in float32 whatever its own dtype."""
+    wanted = getattr(model, "_keep_in_fp32_modules", None) or ()
+    return not set(wanted).isdisjoint(path.split("."))
+
+
+def _let_stacks_pass(stock: Any, stacks: list[str]) -> None:
+    """Leave out the renamings that would cut packed stacks of experts apart on their way to disk."""
+    if not stacks:
+        return
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    from finetune.model.quantizer import packs
+
+    conversions = get_model_conversion_mapping(stock, add_legacy=False) or []
+    stock._weight_conversions = [c for c in conversions if not packs(c, stacks)]
