@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finetune.adapters.adapted import AdaptedWeight, WrappedLinear
+from finetune.adapters.mounting import SeenThrough
 from finetune.adapters.own_format import as_saved
 from finetune.adapters.targets import matches
 from finetune.adapters.weight import WeightAdapter, WeightConfig
@@ -119,11 +120,8 @@ class BottleneckLinear(WrappedLinear):
         return y_BH
 
 
-class BottleneckModule(AdaptedWeight):
-    """A module that ends a sub-layer, such as a mixture of experts, and the bottleneck after it.
-
-    What the module offers besides is read through.
-    """
+class BottleneckModule(SeenThrough, AdaptedWeight):
+    """A module that ends a sub-layer, such as a mixture of experts, and the bottleneck after it."""
 
     over: ClassVar[bool] = True
 
@@ -139,14 +137,6 @@ class BottleneckModule(AdaptedWeight):
         if isinstance(output, tuple):
             return (self.bottleneck(output[0]), *output[1:])
         return self.bottleneck(output)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if "enabled" not in self.__dict__:  # not built yet, or being copied
-                raise
-            return getattr(self.base, name)
 
 
 class BottleneckAdapter(WeightAdapter):

@@ -175,6 +175,11 @@ def renamed(trainable: Mapping[str, nn.Parameter], name: str, copy: FullCopy) ->
     return others | {f"{name}.trained.{leaf}": parameter for leaf, parameter in copy.trains()}
 
 
+def file_keys(copies: Mapping[str, FullCopy], prefix: str) -> dict[str, nn.Parameter]:
+    """What trains of copies by its key in a file, where PEFT sets `prefix` before the names of the model."""
+    return {f"{prefix}{name}.{leaf}": p for name, module in copies.items() for leaf, p in module.trains()}
+
+
 def build_copies(
     model: nn.Module, structure: Structure, names: Sequence[str], dtype: torch.dtype
 ) -> dict[str, FullCopy]:

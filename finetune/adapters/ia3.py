@@ -23,10 +23,10 @@ from finetune.adapters.base import ADAPTERS
 from finetune.adapters.full_copy import saved_whole
 from finetune.adapters.peft_modules import read_saved, written
 from finetune.adapters.targets import ALL_LINEAR, matches
-from finetune.adapters.weight import WeightAdapter, WeightConfig, choose, head_projection
+from finetune.adapters.weight import WeightAdapter, WeightConfig, choose
 from finetune.errors import ConfigError, ModelError, nearest
 from finetune.quant.base import FrozenLinear
-from finetune.structure import Projection, Structure, inspect
+from finetune.structure import Projection, Structure, head_projection, inspect
 from finetune.structure.flow import Flow, trace
 
 METHOD = "IA3"

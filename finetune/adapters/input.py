@@ -10,11 +10,10 @@ what came out of it, so a saved adapter that is started from trains that directl
 
 from __future__ import annotations
 
-import json
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,8 +22,8 @@ from torch import Tensor, nn
 
 from finetune.adapters import peft_format
 from finetune.adapters.base import DTYPES, Adapter, AdapterConfig
-from finetune.adapters.full_copy import FullCopy, build_copies, renamed, trained_whole
-from finetune.adapters.mounting import Mounted, check_bare, lift, place
+from finetune.adapters.full_copy import FullCopy, build_copies, file_keys, renamed, trained_whole
+from finetune.adapters.mounting import Mounted, check_bare, lift, place, switched_off
 from finetune.errors import ConfigError
 from finetune.structure import inspect
 
@@ -153,19 +152,9 @@ class InputAdapter(Adapter):
         """Every tensor that trains, by its full name in the model; a tied one once."""
         return dict(self._trainable)
 
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
+    def disabled(self) -> AbstractContextManager[None]:
         """Within it nothing stands before the text, and whole modules compute with their stored weights."""
-        before = self.enabled, [copy.enabled for copy in self.copies.values()]
-        try:
-            self.enabled = False
-            for copy in self.copies.values():
-                copy.enabled = False
-            yield
-        finally:
-            self.enabled = before[0]
-            for copy, enabled in zip(self.copies.values(), before[1], strict=True):
-                copy.enabled = enabled
+        return switched_off([self, *self.copies.values()])
 
     def mount(self) -> None:
         """Add what trains to the model and hook it in."""
@@ -211,11 +200,7 @@ class InputAdapter(Adapter):
 
     def file_keys(self) -> dict[str, nn.Parameter]:
         """Keys of whole modules in adapter_model.safetensors and the parameters they fill."""
-        return {
-            f"{PREFIX}{name}.{leaf}": parameter
-            for name, module in self.copies.items()
-            for leaf, parameter in module.trains()
-        }
+        return file_keys(self.copies, PREFIX)
 
     @torch.no_grad()
     def save(self, directory: Path) -> None:
@@ -259,12 +244,6 @@ class InputAdapter(Adapter):
     def from_file(self, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of a file in the layout of `saved_shape`; a method with another on disk turns them into it."""
         return tensors
-
-    def own_config(self) -> dict[str, Any]:
-        """adapter_config.json of a method that PEFT does not have: the settings themselves."""
-        left_out = ("name", "path", "allow_other_quant", "learning_rate")
-        own = {key: value for key, value in asdict(self.config).items() if key not in left_out}
-        return {"finetune_method": self.config.name, **json.loads(json.dumps(own))}
 
 
 def _placed(model: nn.Module) -> bool:

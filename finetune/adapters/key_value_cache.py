@@ -22,7 +22,7 @@ from finetune.adapters.input import Removable
 from finetune.adapters.key_value_attention import KeyValues
 from finetune.errors import ConfigError
 from finetune.structure import Stack
-from finetune.structure.flow import twin_of
+from finetune.structure.experiments import UNFORESEEN, in_mode, twin_of
 
 CACHE, MASK, POSITIONS = "past_key_values", "attention_mask", "position_ids"
 """Arguments of a stack of transformers."""
@@ -38,8 +38,8 @@ def kept(model: nn.Module, stack: Stack) -> list[tuple[int, int, int]]:
     try:
         with torch.device("meta"):
             found = read(twin_of(model), stack, torch.zeros(1, 3, dtype=torch.long))
-    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError):
-        return []  # whatever a model does that this experiment does not foresee, it is not understood
+    except UNFORESEEN:
+        return []
     shapes = [(key.shape[1], key.shape[3], value.shape[3]) for key, value in found]
     return shapes if len(shapes) == len(stack.blocks) else []
 
@@ -47,11 +47,9 @@ def kept(model: nn.Module, stack: Stack) -> list[tuple[int, int, int]]:
 @torch.no_grad()
 def read(model: nn.Module, stack: Stack, ids_BS: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Keys and values [B, H, S, D] that the blocks of a stack compute for some tokens."""
-    cache, modes = _made(stack), {module: module.training for module in model.modules()}
-    model.eval()
-    model.get_submodule(stack.name)(**{"input_ids": ids_BS, MASK: torch.ones_like(ids_BS), CACHE: cache})
-    for module, training in modes.items():
-        module.training = training
+    cache = _made(stack)
+    with in_mode(model, training=False):
+        model.get_submodule(stack.name)(**{"input_ids": ids_BS, MASK: torch.ones_like(ids_BS), CACHE: cache})
     return [(layer.keys, layer.values) for layer in _own(cache).layers if layer.keys is not None]
 
 

@@ -27,6 +27,7 @@ from finetune.adapters.base import ADAPTERS, AdapterConfig
 from finetune.adapters.emulator import FILE, Emulator, read_emulator
 from finetune.adapters.lora_layers import LowRankWeight
 from finetune.adapters.own_format import as_saved
+from finetune.adapters.peft_format import OWN_METHOD
 from finetune.adapters.weight import WeightAdapter
 from finetune.errors import ConfigError, ModelError, nearest
 from finetune.quant.base import FrozenExperts, FrozenLinear, FrozenWeight
@@ -219,7 +220,7 @@ class LayersAdapter(WeightAdapter):
 
     def file_config(self) -> dict[str, Any]:
         """The blocks' numbers and, for those of an emulator, where they belong."""
-        own: dict[str, Any] = {"finetune_method": self.config.name, "layers": self.layers, "dtype": self.config.dtype}
+        own: dict[str, Any] = {OWN_METHOD: self.config.name, "layers": self.layers, "dtype": self.config.dtype}
         whole = [name for name in self.copies if name not in self.parts]
         origin = {} if self.emulator is None else {"offsite": vars(self.emulator)}
         return own | {"train_also": whole} | origin

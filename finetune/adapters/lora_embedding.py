@@ -15,13 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finetune.adapters.adapted import FoldedWeight
+from finetune.adapters.mounting import SeenThrough
 from finetune.errors import ConfigError
 
 PROBES = 8
 """Tokens over which an embedding is compared with a lookup."""
 
 
-class LoRAEmbedding(FoldedWeight):
+class LoRAEmbedding(SeenThrough, FoldedWeight):
     """A token embedding with a low-rank table beside it.
 
     Some embeddings multiply what they look up by a number of their own (Gemma, XGLM, ...). The low-rank part is
@@ -68,15 +69,6 @@ class LoRAEmbedding(FoldedWeight):
     def merge(self, weight: Tensor) -> Tensor:
         """w_HV + s B A, in float32."""
         return weight + self.scaling * (self.lora_embedding_B.float() @ self.lora_embedding_A.float())
-
-    def __getattr__(self, name: str) -> Any:
-        """What the embedding offers besides (`weight`, `padding_idx`, a scale) is read through."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if "_factors" not in self.__dict__:  # not built yet, or being copied
-                raise
-            return getattr(self.base, name)
 
 
 def check_lookup(base: nn.Module, name: str) -> None:

@@ -6,8 +6,9 @@ order is `level`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar, Protocol
 
 from torch import nn
 
@@ -30,6 +31,37 @@ class Mounted(nn.Module):
 
     method: str = ""
     level: int = 0
+
+
+class SeenThrough(Mounted):
+    """What the module under it offers besides (`weight`, `padding_idx`, an attribute of a family's) is read through."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "base" not in self.__dict__.get("_modules", {}):  # not built yet, or being copied
+                raise
+            return getattr(self.base, name)
+
+
+class Switched(Protocol):
+    """What computes what is beneath it alone while it is not enabled."""
+
+    enabled: bool
+
+
+@contextmanager
+def switched_off(parts: Iterable[Switched]) -> Iterator[None]:
+    """Within it these are not enabled; afterwards they are what they were."""
+    before = [(part, part.enabled) for part in parts]
+    try:
+        for part, _ in before:
+            part.enabled = False
+        yield
+    finally:
+        for part, enabled in before:
+            part.enabled = enabled
 
 
 def check_bare(model: nn.Module) -> None:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from finetune.adapters import peft_format
 from finetune.adapters.base import AdapterConfig
 from finetune.adapters.peft_lora import Saved, parse_saved
 from finetune.errors import ModelError, UserError
 
-METHOD = "finetune_method"
-"""Key of adapter_config.json that names our method, where PEFT has none."""
+UNSAVED = ("name", "path", "allow_other_quant", "learning_rate")
+"""Settings that say how an adapter is loaded or trained, not what it is."""
 
 Config = TypeVar("Config", bound=AdapterConfig)
+
+
+def own_settings(config: AdapterConfig) -> dict[str, Any]:
+    """adapter_config.json: the settings themselves, as JSON gives them back (tuples are lists)."""
+    own = {key: value for key, value in asdict(config).items() if key not in UNSAVED}
+    return {peft_format.OWN_METHOD: config.name, **json.loads(json.dumps(own))}
 
 
 def as_saved(config: Config, directory: Path, keys: Iterable[str]) -> Config:
@@ -28,7 +35,7 @@ def as_saved(config: Config, directory: Path, keys: Iterable[str]) -> Config:
         ModelError: when it is of another method, or its settings are missing or broken.
     """
     saved = peft_format.read_config(directory)
-    peft_format.check_method(directory, saved, {"finetune_method": config.name})
+    peft_format.check_method(directory, saved, {peft_format.OWN_METHOD: config.name})
     path = directory / peft_format.CONFIG
     own = {}
     for key in keys:
@@ -51,6 +58,6 @@ def read_as_lora(directory: Path, method: str, besides: Iterable[str] = ()) -> S
         ModelError: when it is of another method, or its settings are missing or broken.
     """
     config = peft_format.read_config(directory)
-    peft_format.check_method(directory, config, {METHOD: method})
-    plain = {key: value for key, value in config.items() if key not in (METHOD, *besides)}
+    peft_format.check_method(directory, config, {peft_format.OWN_METHOD: method})
+    plain = {key: value for key, value in config.items() if key not in (peft_format.OWN_METHOD, *besides)}
     return parse_saved(plain | {"peft_type": "LORA"}, directory / peft_format.CONFIG)

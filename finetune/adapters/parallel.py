@@ -31,6 +31,7 @@ from finetune.adapters.bottleneck import (
     chosen_sites,
     understood,
 )
+from finetune.adapters.mounting import SeenThrough
 from finetune.adapters.own_format import as_saved
 from finetune.errors import ConfigError
 from finetune.quant.base import FrozenLinear
@@ -84,8 +85,8 @@ class Passage:
         return x_BH
 
 
-class Entrance(AdaptedWeight):
-    """The first projection of a feed-forward; what the projection offers besides is read through."""
+class Entrance(SeenThrough, AdaptedWeight):
+    """The first projection of a feed-forward, which notes what it reads."""
 
     over: ClassVar[bool] = True
 
@@ -99,14 +100,6 @@ class Entrance(AdaptedWeight):
             self.passage.x_BH = x_BI
         y_BO: Tensor = self.base(x_BI)
         return y_BO
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if "passage" not in self.__dict__:  # not built yet, or being copied
-                raise
-            return getattr(self.base, name)
 
 
 class ParallelLinear(BottleneckLinear):

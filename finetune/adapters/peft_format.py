@@ -22,6 +22,8 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 PREFIX = "base_model.model."
+OWN_METHOD = "finetune_method"
+"""Key of adapter_config.json that names our method, where PEFT has none."""
 LISTED = 5
 """How many faulty keys a message lists."""
 
@@ -121,7 +123,7 @@ def check_header(directory: Path) -> dict[str, str]:
 
 def method_of(config: Mapping[str, Any]) -> str:
     """What a saved adapter calls its method: PEFT's type, or our name where PEFT has none."""
-    return str(config.get("peft_type") or config.get("finetune_method"))
+    return str(config.get("peft_type") or config.get(OWN_METHOD))
 
 
 def task_type(structure: Structure) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from finetune.adapters import peft_format
 from finetune.adapters.targets import ALL_LINEAR
 from finetune.errors import ModelError
-from finetune.structure import Projection, Structure, embedding_projection
+from finetune.structure import Projection, Structure, embedding_projection, head_projection
 
 UNDERSTOOD = frozenset({
     "peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "target_parameters", "modules_to_save",
@@ -199,8 +199,6 @@ def resolve_saved(
     Raises:
         ModelError: when it adapts none of them.
     """
-    from finetune.adapters.weight import head_projection
-
     outside = (embedding_projection(model, structure), head_projection(model, structure))
     every = [p for p in (outside[0], *structure.projections, outside[1]) if p is not None]
     plan = [p for p in every if _adapts(saved, p, outside)]

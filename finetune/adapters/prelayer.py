@@ -26,8 +26,9 @@ from finetune.adapters.base import ADAPTERS
 from finetune.adapters.input import Materialised, PromptEncoder, Removable
 from finetune.adapters.inserted import InsertedAdapter
 from finetune.adapters.layout import Layout
-from finetune.adapters.own_format import as_saved
+from finetune.adapters.own_format import as_saved, own_settings
 from finetune.adapters.prompt_start import StartConfig
+from finetune.structure.experiments import in_mode
 
 STRUCTURAL = ("prefix_length", "train_also")
 """Settings that decide which tensors there are."""
@@ -102,14 +103,12 @@ class PreLayerAdapter(InsertedAdapter):
             )
             for block in blocks
         ]
-        training = {module: module.training for module in stack.modules()}
         try:
-            stack.eval()(input_ids=ids_L[None])
+            with in_mode(stack, training=False):
+                stack(input_ids=ids_L[None])
         finally:
             for hook in hooks:
                 hook.remove()
-            for module, mode in training.items():
-                module.training = mode
         return torch.stack(seen)
 
     def hooks(self) -> Iterator[Removable]:
@@ -140,7 +139,7 @@ class PreLayerAdapter(InsertedAdapter):
 
     def file_config(self) -> dict[str, Any]:
         """adapter_config.json: PEFT has no such method."""
-        return self.own_config()
+        return own_settings(self.config)
 
 
 def _first(module: nn.Module) -> str:

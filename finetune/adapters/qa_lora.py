@@ -25,7 +25,8 @@ from finetune.adapters.base import ADAPTERS
 from finetune.adapters.lora import LoRAAdapter, LoRAConfig, Size
 from finetune.adapters.lora import build as build_lora
 from finetune.adapters.lora_layers import Factor, LoRAExperts, LoRALinear
-from finetune.adapters.own_format import METHOD, read_as_lora
+from finetune.adapters.own_format import read_as_lora
+from finetune.adapters.peft_format import OWN_METHOD
 from finetune.adapters.peft_lora import Saved
 from finetune.adapters.targets import ALL_LINEAR
 from finetune.errors import ConfigError
@@ -211,7 +212,7 @@ class QALoRAAdapter(LoRAAdapter):
         """LoRA's settings, not under PEFT's name."""
         config = super().file_config()
         del config["peft_type"]
-        return config | {METHOD: self.config.name}
+        return config | {OWN_METHOD: self.config.name}
 
 
 @ADAPTERS.register(QALoRAConfig)

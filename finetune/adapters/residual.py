@@ -24,7 +24,7 @@ from torch import Tensor
 from finetune.adapters import peft_format
 from finetune.adapters.base import Originals
 from finetune.adapters.lora import LoRAAdapter, LoRAConfig
-from finetune.adapters.own_format import METHOD, read_as_lora
+from finetune.adapters.own_format import read_as_lora
 from finetune.adapters.peft_lora import Saved, read_saved
 from finetune.adapters.residual_file import read_residuals, write_residuals
 from finetune.adapters.residual_layers import ResidualExperts, ResidualLinear, Weight
@@ -63,7 +63,7 @@ class ResidualConfig(LoRAConfig):
 
     def read(self, directory: Path) -> Saved:
         """What a saved adapter says of itself, with a residual base or without."""
-        if METHOD not in peft_format.read_config(directory):
+        if peft_format.OWN_METHOD not in peft_format.read_config(directory):
             return read_saved(directory)
         return read_as_lora(directory, self.name, besides=[RESIDUAL])
 
@@ -165,7 +165,7 @@ class ResidualAdapter(LoRAAdapter):
         config = super().file_config()
         if self.residuals:
             del config["peft_type"]
-            config[METHOD] = self.config.name
+            config[peft_format.OWN_METHOD] = self.config.name
         return config
 
     def file_tensors(self) -> dict[str, Tensor]:
@@ -195,7 +195,7 @@ class ResidualAdapter(LoRAAdapter):
         saved = self.config.read(directory)
         self.check_settings(directory, saved.settings)
         config, found = peft_format.read_config(directory), {}
-        if METHOD in config:
+        if peft_format.OWN_METHOD in config:
             bases = {name: module.base for name, module in self.adapted.items()}
             found = read_residuals(directory, config.get(RESIDUAL), bases)
         self.fill(directory, self.from_file(saved.settings, peft_format.read_tensors(directory)))

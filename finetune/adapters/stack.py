@@ -260,7 +260,7 @@ class Stack(Adapter):
         for label, part in zip(self.members, self._alone(), strict=True):
             part.save(directory / label)
         parts = [{"directory": label, "method": part.config.name} for label, part in self.members.items()]
-        text = json.dumps({"finetune_method": METHOD, "parts": parts}, indent=2) + "\n"
+        text = json.dumps({peft_format.OWN_METHOD: METHOD, "parts": parts}, indent=2) + "\n"
         (directory / peft_format.CONFIG).write_text(text, "utf-8")
 
     def load(self, directory: Path) -> None:
@@ -286,7 +286,7 @@ def saved_methods(directory: Path) -> dict[str, str]:
         ModelError: when there is no stack.
     """
     saved = peft_format.read_settings(directory)
-    peft_format.check_method(directory, saved, {"finetune_method": METHOD})
+    peft_format.check_method(directory, saved, {peft_format.OWN_METHOD: METHOD})
     parts = saved.get("parts")
     try:
         methods = {str(part["directory"]): str(part["method"]) for part in parts}  # type: ignore[union-attr]

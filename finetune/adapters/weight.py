@@ -9,11 +9,10 @@ Shape suffixes: B leading dimensions, O out features, I in features, E experts.
 
 from __future__ import annotations
 
-import json
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,12 +22,13 @@ from torch import Tensor, nn
 from finetune.adapters import peft_format
 from finetune.adapters.adapted import AdaptedExperts, AdaptedWeight, WrappedLinear
 from finetune.adapters.base import DTYPES, Adapter, AdapterConfig
-from finetune.adapters.full_copy import FullCopy, build_copies, renamed, trained_whole
-from finetune.adapters.mounting import Mounted, check_bare, lift, place
+from finetune.adapters.full_copy import FullCopy, build_copies, file_keys, renamed, trained_whole
+from finetune.adapters.mounting import Mounted, check_bare, lift, place, switched_off
+from finetune.adapters.own_format import own_settings
 from finetune.adapters.targets import ALL_LINEAR, check_embedding, check_targets, select
 from finetune.errors import ConfigError, ModelError
 from finetune.quant.base import FrozenExperts, FrozenLinear, FrozenWeight
-from finetune.structure import Projection, Structure, embedding_projection, inspect
+from finetune.structure import Projection, Structure, embedding_projection, head_projection, inspect
 
 
 @dataclass
@@ -149,18 +149,9 @@ class WeightAdapter(Adapter):
         """Every tensor that trains, by its full name in the model; a tied one once."""
         return dict(self._trainable)
 
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
+    def disabled(self) -> AbstractContextManager[None]:
         """Within it every adapted module computes with its stored weight alone, bit for bit the base."""
-        modules: list[AdaptedWeight | FullCopy] = [*self.adapted.values(), *self.copies.values()]
-        before = [module.enabled for module in modules]
-        try:
-            for module in modules:
-                module.enabled = False
-            yield
-        finally:
-            for module, enabled in zip(modules, before, strict=True):
-                module.enabled = enabled
+        return switched_off([*self.adapted.values(), *self.copies.values()])
 
     def mount(self) -> None:
         """Put the adapted modules in the place of those they stand for."""
@@ -219,17 +210,11 @@ class WeightAdapter(Adapter):
 
     def copy_keys(self) -> dict[str, nn.Parameter]:
         """The part of `file_keys` that `train_also` adds, as PEFT names it."""
-        return {
-            f"{peft_format.PREFIX}{name}.{leaf}": parameter
-            for name, module in self.copies.items()
-            for leaf, parameter in module.trains()
-        }
+        return file_keys(self.copies, peft_format.PREFIX)
 
     def file_config(self) -> dict[str, Any]:
         """adapter_config.json of a method that PEFT does not have: the settings themselves."""
-        left_out = ("name", "path", "allow_other_quant", "learning_rate")
-        own = {key: value for key, value in asdict(self.config).items() if key not in left_out}
-        return {"finetune_method": self.config.name, **own}
+        return own_settings(self.config)
 
     def save(self, directory: Path) -> None:
         """Write adapter_config.json and adapter_model.safetensors."""
@@ -256,7 +241,7 @@ class WeightAdapter(Adapter):
         Raises:
             ModelError: naming the setting and both values.
         """
-        for key, mine in json.loads(json.dumps(self.file_config())).items():
+        for key, mine in self.file_config().items():
             if key not in ("dtype", "targets", "train_also") and saved.get(key) != mine:
                 raise ModelError(f"adapter {directory} has {key} {saved.get(key)!r}, but here it is {mine!r}")
 
@@ -295,14 +280,6 @@ def choose(model: nn.Module, structure: Structure, config: WeightConfig) -> list
     if embedding is not None and embedding in chosen:
         check_embedding(config.name, config.embeds, embedding, structure)
     return chosen
-
-
-def head_projection(model: nn.Module, structure: Structure) -> Projection | None:
-    """The output head as a projection, so that a pattern may name it; None where it is no linear layer."""
-    head = model.get_submodule(structure.head) if structure.head else None
-    if structure.head is None or not isinstance(head, nn.Linear | FrozenLinear):
-        return None
-    return Projection(structure.head, "linear", head.in_features, head.out_features)
 
 
 def freeze_dense(model: nn.Module, structure: Structure, projections: list[Projection]) -> None:

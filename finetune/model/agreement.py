@@ -7,9 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-FAULTS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
-"""What a module that is not what it looks like may raise when it is tried."""
-
 
 @dataclass(frozen=True)
 class Exchanged:

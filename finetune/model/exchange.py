@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,10 +19,11 @@ from torch import Tensor, nn
 
 from finetune.kernels import native, triton_backend
 from finetune.kernels.fused import ACTIVATIONS
-from finetune.model.agreement import FAULTS, Exchanged, agree, first_line, noise
+from finetune.model.agreement import Exchanged, agree, first_line, noise
 from finetune.model.exchange_attention import exchange_attention
 from finetune.model.fused_modules import FusedGatedMLP, FusedModule, FusedNorm, Gated, Norm
 from finetune.structure.exchangeable import GatedLayers, gated_layers, norm_epsilons, rotary_layers
+from finetune.structure.experiments import UNFORESEEN, in_mode
 
 LOUD = 4.0
 """Root mean square of gates in probes: small ones would not tell `act(gate) * up` from `act(up) * gate`."""
@@ -54,7 +54,7 @@ def exchange(model: nn.Module) -> list[Exchanged]:
     if why_not(model):
         return []
     done: list[Exchanged] = []
-    with _mode(model, training=False):
+    with in_mode(model, training=False):
         done += _each(model, "norm", lambda m: bool(norm_epsilons(m)), _norm)
         done += _each(
             model, "gated MLP", lambda m: gated_layers(m) is not None and any(True for _ in _callables(m)), _gated
@@ -96,7 +96,7 @@ def _each(
             continue
         try:
             found = fuse(module, dtype)
-        except FAULTS as error:
+        except UNFORESEEN as error:
             found = first_line(error)
         if isinstance(found, FusedModule):
             model.set_submodule(name, found)
@@ -140,7 +140,7 @@ def _gated(module: nn.Module, dtype: torch.dtype) -> FusedModule | str:
     fitting = []
     for pair in orders:
         fused = FusedGatedMLP.of(module, Gated(GatedLayers(pair, layers.down), activation))
-        with _mode(module, training=True):
+        with in_mode(module, training=True):
             wanted = module(probe_BSI)
         if agree(module(probe_BSI), wanted) and agree(fused(probe_BSI), wanted):
             fitting.append(fused)
@@ -176,15 +176,3 @@ def _dtype(model: Any) -> torch.dtype:
     """The dtype of activations: that of the embeddings."""
     dtype: torch.dtype = model.get_input_embeddings().weight.dtype
     return dtype
-
-
-@contextmanager
-def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Training or evaluation mode within; each module's own mode again after."""
-    before = {module: module.training for module in model.modules()}
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, mode in before.items():
-            module.training = mode

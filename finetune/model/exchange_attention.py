@@ -15,9 +15,10 @@ from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from finetune.model import attention
-from finetune.model.agreement import FAULTS, Exchanged, agree, first_line
+from finetune.model.agreement import Exchanged, agree, first_line
 from finetune.model.fused_modules import FusedRotaryAttention, Rotary
 from finetune.structure.exchangeable import rotary_layers
+from finetune.structure.experiments import UNFORESEEN
 
 
 def exchange_attention(model: Any) -> list[Exchanged]:
@@ -34,7 +35,7 @@ def exchange_attention(model: Any) -> list[Exchanged]:
     try:
         calls, arguments = _run(model, list(candidates))
         reason = "" if calls and all(map(_same_as_torch, calls)) else "it differs from torch's"
-    except FAULTS as error:
+    except UNFORESEEN as error:
         reason = first_line(error)
     if reason:
         model.set_attn_implementation("sdpa")
@@ -92,7 +93,7 @@ def _rotary(model: nn.Module, name: str, call: attention.Call, kwargs: dict[str,
             ours = fused.rotated(kwargs["hidden_states"], *kwargs["position_embeddings"])  # type: ignore[operator]
             same = all(map(agree, ours, (call.query, call.key, call.value)))
             same = same and agree(fused(**kwargs)[0], call.module(**kwargs)[0])
-        except FAULTS as error:
+        except UNFORESEEN as error:
             return Exchanged(name, "rotary attention", first_line(error))
         if same:
             model.set_submodule(name, fused)

@@ -56,7 +56,7 @@ def returned(directory: Path) -> tuple[Emulator, list[int]]:
     """
     saved = peft_format.read_config(directory)
     path = directory / peft_format.CONFIG
-    peft_format.check_method(directory, saved, {"finetune_method": METHOD})
+    peft_format.check_method(directory, saved, {peft_format.OWN_METHOD: METHOD})
     if "offsite" not in saved:
         raise ModelError(
             f"{path} names no emulator: expected an adapter trained on what `finetune offsite split` wrote"

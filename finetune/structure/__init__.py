@@ -1,7 +1,7 @@
 """What a transformers model is made of, found by type and shape."""
 
 from finetune.structure.base import Projection, Stack, Structure
-from finetune.structure.embedding import embedding_projection
 from finetune.structure.inspect import inspect
+from finetune.structure.outside import embedding_projection, head_projection
 
-__all__ = ["Projection", "Stack", "Structure", "embedding_projection", "inspect"]
+__all__ = ["Projection", "Stack", "Structure", "embedding_projection", "head_projection", "inspect"]

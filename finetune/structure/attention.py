@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.structure.base import Stack
-from finetune.structure.flow import twin_of
+from finetune.structure.experiments import UNFORESEEN, twin_of
 from finetune.structure.inspect import inspect
 
 NAME = "finetune_watched"
@@ -109,8 +109,8 @@ def attending(model: nn.Module) -> Attending | None:
         with _position_inputs(twin) as positions:
             _run(twin)
         calls = list(_called)
-    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError):
-        return None  # whatever a model does that this experiment does not foresee, it is not understood
+    except UNFORESEEN:
+        return None
     finally:
         _called.clear()
     names = {id(module): name for name, module in twin.named_modules()}

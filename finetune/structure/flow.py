@@ -14,7 +14,6 @@ cannot run without values) is reported as such. For (IA)^3 and bottleneck adapte
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from finetune.structure.base import Structure
+from finetune.structure.experiments import UNFORESEEN, twin_of
 from finetune.structure.inspect import inspect
 
 STREAM = "the residual stream"
@@ -90,24 +90,6 @@ def trace(model: nn.Module) -> Flow | None:
     beginnings = {end: tuple(n for n in names if STREAM in marks.read.get(n, ())) for end, names in begins.items()}
     sides = (tuple(sorted(names, key=order.index)) for names in (marks.query, marks.key, marks.value))
     return Flow(tuple(right), tuple(attention), tuple(feedforward), beginnings, *sides)
-
-
-def twin_of(model: nn.Module, attention: str = "eager") -> nn.Module:
-    """The model without weights, its experts written out in torch's own operations.
-
-    Args:
-        attention: the implementation that transformers is asked for; by default written out as well.
-    """
-    config: Any = copy.deepcopy(model.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    config._attn_implementation = attention
-    with torch.device("meta"):
-        twin = type(model)(config).eval()
-    choose = getattr(twin, "set_experts_implementation", None)
-    if choose is not None:
-        choose("batched_mm")  # the only way without control flow that depends on values
-    return twin.requires_grad_(False)
 
 
 class _Marks(TorchFunctionMode):
@@ -214,8 +196,7 @@ def _run(twin: nn.Module, structure: Structure, mask: tuple[int, ...] | None = N
             ids = torch.zeros(1, TOKENS, dtype=torch.long)
             tokens = {"input_ids": ids} | ({"decoder_input_ids": ids} if len(structure.stacks) > 1 else {})
             twin(**tokens, attention_mask=None if mask is None else torch.zeros(mask), use_cache=False)
-    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError):
-        # Whatever a model does that this experiment does not foresee, it is not understood.
+    except UNFORESEEN:
         return None
     return marks
 

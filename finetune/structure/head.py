@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from finetune.structure.experiments import UNFORESEEN, in_mode
+
 MAGNITUDES = (1e-2, 1.0, 1e2)
 """Root mean square of the logits that the probes aim at: a cap is invisible in small ones, a bias in large ones."""
 
@@ -52,20 +54,17 @@ def describe_head(model: nn.Module) -> Head | None:
     head, decoder = _parts(model)
     if head is None or decoder is None:
         return None
-    training = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device
-    model.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with (
+            in_mode(model, training=False),
+            torch.no_grad(),
+            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        ):
             torch.manual_seed(0)
             return _identify(model, decoder, head, device)
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
-        # Whatever a model does that these experiments do not foresee, it is not understood; its own forward still
-        # works.
+    except UNFORESEEN:  # its own forward still works
         return None
-    finally:
-        for module, mode in training.items():
-            module.training = mode
 
 
 def _parts(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:

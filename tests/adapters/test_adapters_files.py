@@ -162,7 +162,7 @@ def test_not_floating_point(saved: Path) -> None:
         ({"target_modules": ["w1", "w2"]}, "adapts w1, w2, of which this model has nothing: have down_proj"),
         ({"target_modules": ["q_proj"]}, "v_proj.lora_A.weight is unexpected"),
         ({"target_modules": ["q_proj", "v_proj", "o_proj"]}, "o_proj.lora_A.weight is missing"),
-        ({"modules_to_save": ["score"]}, "'score' matches no module"),
+        ({"modules_to_save": ["scorer"]}, "'scorer' matches no module"),
         ({"modules_to_save": ["lm_head"]}, "lm_head.weight is missing (expected 96 x 64)"),
     ],
 )
