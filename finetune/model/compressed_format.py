@@ -62,7 +62,6 @@ class CompressedTensors(StoredFormat):
             if key not in stored:
                 raise ModelError(f"{path}{key} is missing from the checkpoint")
         rows, width = (int(size) for size in stored["weight_shape"].tolist())
-        scale = stored["weight_scale"]
         facts = {
             "format_version": FORMAT_VERSION,
             "bits": quant.bits,
@@ -73,7 +72,7 @@ class CompressedTensors(StoredFormat):
         }
         state = {
             "weight": _bytes(stored["weight_packed"])[:, : affine.packed_width(width, quant.bits)].contiguous(),
-            "weight.scale": scale if scale.dtype in (torch.float16, torch.float32) else scale.float(),
+            "weight.scale": _scales(stored["weight_scale"]),
             FACTS: pack_json(facts),
         }
         if quant.zeros != "none":
@@ -153,6 +152,12 @@ def _config(scheme: dict[str, Any], where: str) -> AffineConfig:
         return kind(group_size=size, symmetric=bool(scheme.get("symmetric", True)), zero_point="integer")
     except ConfigError as error:
         raise ModelError(f"{where}: {error}") from error
+
+
+def _scales(scale_OG: Tensor) -> Tensor:
+    """Scales in float16 where that holds them exactly, else in float32."""
+    half = scale_OG.to(torch.float16)
+    return half if torch.equal(half.float(), scale_OG.float()) else scale_OG.float()
 
 
 def _words(bytes_RP: Tensor) -> Tensor:

@@ -122,13 +122,14 @@ def _usable(key: str, ids: np.ndarray, sources: list[Source], tokenizer: Any, vo
             f"{where} has token {int(ids.max())}, the model's embeddings have {vocabulary} rows: the tokenizer beside"
             " the model makes tokens of another vocabulary"
         )
-    special = (tokenizer.eos_token_id, tokenizer.bos_token_id)
-    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in special:
+    marks = [mark for mark in (tokenizer.eos_token_id, tokenizer.bos_token_id) if mark is not None]
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in marks:
         ids = ids[ids != tokenizer.pad_token_id]
-    if len(ids) < 2:
+    said = ids[~np.isin(ids, marks)]
+    if not len(said):
         raise DataError(f"{where} holds nothing but padding: expected text")
-    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id not in special:
-        share = float((ids == tokenizer.unk_token_id).mean())
+    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id not in marks:
+        share = float((said == tokenizer.unk_token_id).mean())
         if share > UNKNOWN:
             raise DataError(
                 f"{where} is in another vocabulary: {share:.0%} of its tokens are {tokenizer.unk_token!r} to the"
