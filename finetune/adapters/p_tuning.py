@@ -11,6 +11,7 @@ Shape suffixes: L virtual tokens, H features of an embedding, E features within 
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from finetune.adapters.base import ADAPTERS
-from finetune.adapters.input import InputConfig, PromptEncoder
+from finetune.adapters.input import PROMPT, PromptEncoder
+from finetune.adapters.prompt_start import StartConfig
 from finetune.adapters.saved_prompt import SavedPromptAdapter, agreed
 from finetune.errors import ConfigError, nearest
 
@@ -28,12 +30,15 @@ ENCODERS = ("lstm", "mlp")
 
 
 @dataclass
-class PTuningConfig(InputConfig):
+class PTuningConfig(StartConfig):
     """P-tuning v1.
 
     With `path`, the saved adapter decides prefix_length and train_also, and its virtual tokens train without a network.
+    Unless `init` is random, as in the paper, what the network gives, at first nothing, is added to embeddings of
+    tokens, which train too.
 
     Attributes:
+        ratio: these learn so many times as fast as the network.
         encoder: lstm | mlp.
         encoder_hidden_size: features within the network (of the LSTM, in each direction); null for those of an
             embedding.
@@ -42,7 +47,9 @@ class PTuningConfig(InputConfig):
     """
 
     name: str = "p_tuning"
-    learning_rate: float = 0.01
+    learning_rate: float = 0.003
+    prefix_length: int = 100
+    ratio: float = 10.0
     encoder: str = "lstm"
     encoder_hidden_size: int | None = None
     encoder_layers: int = 2
@@ -50,6 +57,8 @@ class PTuningConfig(InputConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not (self.ratio > 0 and math.isfinite(self.ratio)):
+            raise ConfigError(f"adapter.ratio is {self.ratio}: expected more than 0")
         if self.encoder not in ENCODERS:
             raise ConfigError(
                 f"adapter.encoder is {self.encoder!r}: expected {' | '.join(ENCODERS)}{nearest(self.encoder, ENCODERS)}"
@@ -74,9 +83,10 @@ class PTuningEncoder(PromptEncoder):
     Args:
         config: for its kind, layers and dropout.
         width: H.
+        start: [L, H], what its outputs are added to; None for nothing.
     """
 
-    def __init__(self, config: PTuningConfig, width: int) -> None:
+    def __init__(self, config: PTuningConfig, width: int, start: Tensor | None) -> None:
         super().__init__()
         inner = config.encoder_hidden_size or width
         self.embedding = nn.Embedding(config.prefix_length, width)
@@ -93,6 +103,11 @@ class PTuningEncoder(PromptEncoder):
         for first, second in itertools.pairwise(sizes):
             layers += [nn.Linear(first, second), nn.ReLU()]
         self.mlp_head = nn.Sequential(*layers[:-1])
+        self.start = None if start is None else nn.Parameter(start)
+        if start is not None:
+            last: Any = self.mlp_head[-1]
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
 
     def forward(self) -> Tensor:
         """[L, H]."""
@@ -100,7 +115,7 @@ class PTuningEncoder(PromptEncoder):
         if self.lstm_head is not None:
             x_LE = self.lstm_head(x_LE[None])[0][0]
         out_LH: Tensor = self.mlp_head(x_LE)
-        return out_LH
+        return out_LH if self.start is None else self.start + out_LH
 
 
 class PTuningAdapter(SavedPromptAdapter):
@@ -110,8 +125,13 @@ class PTuningAdapter(SavedPromptAdapter):
     method = METHOD
 
     def make_encoder(self) -> PromptEncoder:
-        """The network, as torch initialises its layers."""
-        return PTuningEncoder(self.config, self.width)
+        """The network, as torch initialises its layers but for the last where it starts from tokens."""
+        return PTuningEncoder(self.config, self.width, self.token_start(self.config))
+
+    def learning_rate_scales(self) -> dict[str, float]:
+        """`ratio` on what trains as it is: embeddings that the network's outputs are added to, or all there is."""
+        trained = dict(self.encoder.named_parameters(recurse=False))
+        return {f"{PROMPT}.{name}": self.config.ratio for name in trained}
 
     def file_config(self) -> dict[str, Any]:
         """adapter_config.json as stock PEFT reads it; of the network it says what it was."""

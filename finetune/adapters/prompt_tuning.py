@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from finetune.adapters.base import ADAPTERS
 from finetune.adapters.input import Materialised, PromptEncoder
@@ -47,20 +46,9 @@ class PromptTuningAdapter(SavedPromptAdapter):
     method = METHOD
 
     def make_encoder(self) -> PromptEncoder:
-        """The virtual tokens themselves, [L, H]."""
-        return Materialised(self.start())
-
-    @torch.no_grad()
-    def start(self) -> Tensor:
-        """As PEFT: the module's own embeddings (scaled, where it scales), or torch's default for an embedding."""
-        embedding: Any = self.embedding()
-        length, width = self.saved_shape()
-        if embedding.weight.is_meta:
-            return torch.empty(length, width)
-        ids_L = self.config.start_ids(embedding.weight.shape[0])
-        if ids_L is None:
-            return nn.Embedding(length, width).weight.detach()
-        return embedding(ids_L.to(embedding.weight.device)).float().cpu()
+        """The virtual tokens themselves, [L, H]; torch's default for an embedding where they start at random."""
+        start = self.token_start(self.config)
+        return Materialised(nn.Embedding(*self.saved_shape()).weight.detach() if start is None else start)
 
     def file_config(self) -> dict[str, Any]:
         """adapter_config.json as stock PEFT reads it; the start plays no part after training."""

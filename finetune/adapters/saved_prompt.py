@@ -10,12 +10,14 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from finetune.adapters import peft_prompts
 from finetune.adapters.full_copy import resolve_modules
 from finetune.adapters.input import EMBEDDINGS, InputConfig
 from finetune.adapters.inserted import InsertedAdapter
+from finetune.adapters.prompt_start import StartConfig
 from finetune.errors import ConfigError, ModelError
 from finetune.structure import inspect as inspect_model
 
@@ -36,6 +38,18 @@ class SavedPromptAdapter(InsertedAdapter):
     def saved_shape(self) -> tuple[int, int]:
         """[L, H], as PEFT."""
         return self.config.prefix_length, self.width
+
+    @torch.no_grad()
+    def token_start(self, config: StartConfig) -> Tensor | None:
+        """[L, H], float32 on the CPU: embeddings of tokens (scaled, where the module scales), as PEFT has them.
+
+        None for a random start.
+        """
+        embedding: Any = self.embedding()
+        if embedding.weight.is_meta:
+            return torch.empty(self.saved_shape())
+        ids_L = config.start_ids(embedding.weight.shape[0])
+        return None if ids_L is None else embedding(ids_L.to(embedding.weight.device)).float().cpu()
 
     def written(self, **more: Any) -> dict[str, Any]:
         """adapter_config.json as stock PEFT reads it."""

@@ -117,9 +117,10 @@ def fall(row: Job) -> float:
 
 
 def choose(method: str, rows: list[Job]) -> float | None:
-    """The rate that lowers the loss most over the tasks searched, each counted by the best rate's fall on it.
+    """The rate that lowers the loss most over the tasks searched, each counted by the best fall of LoRA on it.
 
-    None before every task that has been searched at all has all of the method's rates.
+    One scale for all methods: where a method learns next to nothing on a task, what it does there decides nothing. None
+    before every task that has been searched at all has all of the method's rates, and LoRA's.
     """
     tried = rates(method)
     scores = dict.fromkeys(tried, 0.0)
@@ -127,13 +128,17 @@ def choose(method: str, rows: list[Job]) -> float | None:
     for task in searched:
         if not carried(method, task):
             continue
-        mine = [r for r in rows if (r["phase"], r["task"], r["method"]) == ("search", task, method)]
-        if any("refused" in row for row in mine):
+        falls, lora = _falls(method, task, rows), _falls(OURS, task, rows)
+        if falls is None:  # refused there
             continue
-        falls = {row["learning_rate"]: fall(row) for row in mine}
-        if set(falls) < set(tried):
+        if set(falls) < set(tried) or lora is None or set(lora) < set(rates(OURS)):
             return None
-        best = max(max(falls.values()), 1e-9)
         for rate in tried:
-            scores[rate] += max(falls[rate] / best, -1.0)
+            scores[rate] += max(falls[rate] / max(lora.values()), -1.0)
     return max(scores, key=lambda rate: scores[rate]) if any(scores.values()) else None
+
+
+def _falls(method: str, task: str, rows: list[Job]) -> dict[float, float] | None:
+    """What each rate that was tried lowered the loss by; None where the task refuses the method."""
+    mine = [r for r in rows if (r["phase"], r["task"], r["method"]) == ("search", task, method)]
+    return None if any("refused" in row for row in mine) else {row["learning_rate"]: fall(row) for row in mine}

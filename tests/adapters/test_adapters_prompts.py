@@ -183,3 +183,22 @@ def test_a_model_that_takes_tokens_alone_is_refused() -> None:
     model.__class__ = model.model.__class__ = Deaf
     with pytest.raises(ConfigError, match="adapter=prompt_tuning needs"):
         attach(model, PromptTuningConfig())
+
+
+def test_p_tuning_starts_as_the_tokens_that_its_network_is_added_to() -> None:
+    torch.manual_seed(7)
+    model = frozen("llama")
+    adapter = attach(model, PTuningConfig(prefix_length=L, ratio=8.0))
+    encoder = adapter.encoder
+    assert torch.equal(encoder(), encoder.start)  # the network gives nothing yet
+    rows = model.get_input_embeddings().weight
+    assert all(bool((rows == row).all(-1).any()) for row in encoder.start)
+    assert adapter.learning_rate_scales() == {"prompt_encoder.start": 8.0}
+    model(ids(), use_cache=False).logits.square().mean().backward()
+    assert encoder.start.grad.any() and encoder.mlp_head[-1].weight.grad.any()
+
+
+@pytest.mark.parametrize("ratio", [0.0, -1.0, float("inf")])
+def test_a_ratio_that_is_none_is_refused(ratio: float) -> None:
+    with pytest.raises(ConfigError, match="adapter.ratio is"):
+        PTuningConfig(ratio=ratio)

@@ -57,7 +57,7 @@ def test_we_compute_what_peft_saves(kind: str, family: str, tmp_path: Path) -> N
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     theirs.save_pretrained(tmp_path)
     model = frozen(family)
-    adapter = attach(model, KINDS[kind](path=str(tmp_path), prefix_length=20))
+    adapter = attach(model, KINDS[kind](path=str(tmp_path)))
     assert adapter.virtual_tokens == L
     if family == "t5":  # PEFT keeps a second set for the decoder, and does not use it
         from safetensors.torch import load_file
@@ -73,7 +73,7 @@ def test_the_network_computes_what_pefts_does() -> None:
     from peft import PromptEncoder, PromptEncoderConfig
 
     for kind, layers in (("lstm", 2), ("lstm", 1), ("mlp", 2)):
-        _, adapter = attached(kind, "llama", encoder_layers=layers)
+        _, adapter = attached(kind, "llama", encoder_layers=layers, init="random")
         config = PromptEncoderConfig(
             num_virtual_tokens=L, token_dim=64, num_transformer_submodules=1, encoder_num_layers=layers,
             encoder_hidden_size=adapter.config.encoder_hidden_size or 64, encoder_reparameterization_type=kind.upper(),

@@ -20,8 +20,8 @@ from finetune.training.optimizers.adamw import AdamWConfig
 from finetune.training.optimizers.parameter_groups import SCALE, grouped
 
 PARTS = [{"name": "lora", "rank": 4, "dropout": 0.2}, {"name": "ia3"}, {"name": "houlsby", "width": 4}]
-FOR_TINY = {"rank": 4, "dropout": 0.2, "bias": "all", "parts": PARTS}
-"""What methods are set to for a model of width 16 without biases."""
+FOR_TINY = {"rank": 4, "dropout": 0.2, "bias": "all", "parts": PARTS, "layers": [0, -1]}
+"""What methods are set to for a model of width 16 without biases, which is no emulator."""
 
 STORED = {"qa_lora": Int4Config(group_size=32)}
 """Methods that want a certain storage."""
