@@ -23,7 +23,7 @@ RATES: dict[str, tuple[float, float, float]] = {
     "pfeiffer": (5e-4, 2e-3, 8e-3),
     "parallel": (5e-4, 2e-3, 8e-3),
     "prompt_tuning": (1e-2, 3e-2, 1.2e-1),
-    "p_tuning": (2.5e-3, 1e-2, 4e-2),
+    "p_tuning": (7.5e-4, 3e-3, 1.2e-2),
     "prefix": (5e-4, 2e-3, 8e-3),
     "p_tuning_v2": (5e-4, 2e-3, 8e-3),
     "prelayer": (7.5e-2, 3e-1, 1.2),

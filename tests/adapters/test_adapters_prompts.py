@@ -200,5 +200,5 @@ def test_p_tuning_starts_as_the_tokens_that_its_network_is_added_to() -> None:
 
 @pytest.mark.parametrize("ratio", [0.0, -1.0, float("inf")])
 def test_a_ratio_that_is_none_is_refused(ratio: float) -> None:
-    with pytest.raises(ConfigError, match="adapter.ratio is"):
+    with pytest.raises(ConfigError, match=r"adapter\.ratio is"):
         PTuningConfig(ratio=ratio)
