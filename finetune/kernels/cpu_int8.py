@@ -107,8 +107,8 @@ def serve(
             with torch.autocast("cpu", enabled=False):
                 extra_MO = outliers(x_MI, outlier_I, codes, absmax).contiguous()
         added_O = None if bias is None else bias.contiguous()
-        y_MO = torch.empty(product_MO.shape, dtype=x.dtype)
-        stored = (product_MO, absmax_M, absmax, added_O, extra_MO, y_MO)
+        y_BO = torch.empty(*x.shape[:-1], codes.shape[0], dtype=x.dtype)  # no view: models add to it
+        stored = (product_MO, absmax_M, absmax, added_O, extra_MO, y_BO)
         pointers = [None if tensor is None else tensor.data_ptr() for tensor in stored]
         _library().ft_int8_scale(*pointers, native.DTYPES[x.dtype], *product_MO.shape, native.threads())
-        return y_MO.view(*x.shape[:-1], codes.shape[0])
+        return y_BO

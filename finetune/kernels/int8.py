@@ -22,7 +22,7 @@ from torch import Tensor
 
 from finetune.kernels import cpu_int8, cpu_integer, triton_backend
 from finetune.kernels.operand import register_format
-from finetune.kernels.products import autocast, define_products, library
+from finetune.kernels.products import autocast, define_products, library, owned
 
 LEVELS = 127
 """Codes run from -127 to 127."""
@@ -158,7 +158,7 @@ def llm_int8_by(
     with torch.autocast(x.device.type, enabled=False):
         assert rows.outlier_I is not None
         y_MO += outlier_part(x_MI, rows.outlier_I, codes, absmax)
-    return y_MO.to(x.dtype).view(*x.shape[:-1], codes.shape[0])
+    return owned(y_MO.to(x.dtype).view(*x.shape[:-1], codes.shape[0]))
 
 
 def reference_llm_int8(x: Tensor, bias: Tensor | None, codes: Tensor, absmax: Tensor, threshold: float) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from finetune.kernels import cpu_codebook4, reference, triton_backend
 from finetune.kernels.operand import register_format
+from finetune.kernels.products import owned
 
 _STORAGE = "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? offset, str codebook, int block_size"
 
@@ -117,7 +118,7 @@ def _linear(x: Tensor, bias: Tensor | None, *storage_and_width: Any) -> Tensor:
     weight_OI = torch.ops.finetune.dequantize_4bit(*storage, [out_features, x.shape[-1]], x.dtype)
     # Autocast would otherwise act a second time, on the tensors inside, and contradict the fake implementation.
     with torch.autocast(x.device.type, enabled=False):
-        return torch.nn.functional.linear(x, weight_OI, bias)
+        return owned(torch.nn.functional.linear(x, weight_OI, bias))
 
 
 @torch.library.impl("finetune::input_gradient_4bit", "default")

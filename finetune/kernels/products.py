@@ -78,7 +78,7 @@ def reference_linear(name: str) -> Callable[..., Tensor]:
         weight_OI = _op(f"dequantize_{name}")(*storage, [out_features, x.shape[-1]], x.dtype)
         # Autocast would otherwise act a second time, on the tensors inside, and contradict the fake implementation.
         with torch.autocast(x.device.type, enabled=False):
-            return torch.nn.functional.linear(x, weight_OI, bias)
+            return owned(torch.nn.functional.linear(x, weight_OI, bias))
 
     return linear
 
@@ -93,6 +93,12 @@ def reference_input_gradient(name: str) -> Callable[..., Tensor]:
             return grad @ weight_OI
 
     return input_gradient
+
+
+def owned(y: Tensor) -> Tensor:
+    """What an operator gives back, as no view: models add to outputs in place (`y += residual`, as Falcon does), which
+    autograd refuses on views that were made inside of an operator. Nothing is copied."""
+    return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
 
 def autocast(x_BI: Tensor, bias_O: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from finetune.kernels.products import owned
+
 
 class _Buffer:
     def __init__(self) -> None:
@@ -78,7 +80,7 @@ def linear_by_scratch(
     """`x_BI @ w_OI.T + bias_O` by the vendor's product, the weight [O, I] decoded into borrowed memory first."""
     with borrowed(shape, x_BI.dtype, x_BI.device) as w_OI, torch.autocast(x_BI.device.type, enabled=False):
         decode_into(w_OI, *storage)
-        return torch.nn.functional.linear(x_BI, w_OI, bias_O)
+        return owned(torch.nn.functional.linear(x_BI, w_OI, bias_O))
 
 
 def gradient_by_scratch(

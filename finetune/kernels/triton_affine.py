@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from finetune.kernels import dispatch
+from finetune.kernels.products import owned
 from finetune.kernels.scratch import gradient_by_scratch, linear_by_scratch
 from finetune.kernels.triton_backend import EXACT, by_rows, flat_bytes, on
 from finetune.kernels.triton_product import Format, fused_product
@@ -141,7 +142,7 @@ def linear(x_BI: Tensor, bias_O: Tensor | None, *storage_and_width: Any) -> Tens
         plan = dispatch.choose("affine", len(x_MI), out_features, in_features, x_MI.dtype, x_MI.device)
     if plan is None:
         return linear_by_scratch(x_BI, bias_O, (out_features, in_features), decode_into, storage)
-    return fused(plan, x_MI, bias_O, *storage).view(*x_BI.shape[:-1], out_features)
+    return owned(fused(plan, x_MI, bias_O, *storage).view(*x_BI.shape[:-1], out_features))
 
 
 def fusible(in_features: int, codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int) -> bool:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from finetune.kernels import codebook as books
 from finetune.kernels import dispatch
+from finetune.kernels.products import owned
 from finetune.kernels.scratch import gradient_by_scratch, linear_by_scratch
 from finetune.kernels.triton_backend import EXACT, flat_bytes, on
 from finetune.kernels.triton_product import Format, fused_product
@@ -173,7 +174,7 @@ def linear(x_BI: Tensor, bias_O: Tensor | None, *storage_and_width: Any) -> Tens
     plan = dispatch.choose("codebook4", len(x_MI), out_features, in_features, x_MI.dtype, x_MI.device)
     if plan is None or not len(x_MI) or storage[0].data_ptr() % 4:
         return linear_by_scratch(x_BI, bias_O, (out_features, in_features), decode_into, storage)
-    return fused(plan, x_MI, bias_O, out_features, *storage).view(*x_BI.shape[:-1], out_features)
+    return owned(fused(plan, x_MI, bias_O, out_features, *storage).view(*x_BI.shape[:-1], out_features))
 
 
 def fused(

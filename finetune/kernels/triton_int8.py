@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from finetune.kernels import dispatch, int8
+from finetune.kernels.products import owned
 from finetune.kernels.scratch import gradient_by_scratch, linear_by_scratch
 from finetune.kernels.triton_backend import EXACT, by_rows, flat_bytes, on
 from finetune.kernels.triton_product import Format, fused_product
@@ -84,7 +85,7 @@ def linear(x_BI: Tensor, bias_O: Tensor | None, codes: Tensor, absmax: Tensor, o
     plan = dispatch.choose("int8", len(x_MI), out_features, in_features, x_MI.dtype, x_MI.device)
     if plan is None or not len(x_MI) or codes.data_ptr() % 4:
         return linear_by_scratch(x_BI, bias_O, (out_features, in_features), decode_into, (codes, absmax))
-    return fused(plan, x_MI, bias_O, codes, absmax).view(*x_BI.shape[:-1], out_features)
+    return owned(fused(plan, x_MI, bias_O, codes, absmax).view(*x_BI.shape[:-1], out_features))
 
 
 def fused(plan: dispatch.Fused, x_MI: Tensor, bias_O: Tensor | None, codes: Tensor, absmax: Tensor) -> Tensor:

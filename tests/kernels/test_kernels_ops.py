@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from finetune.kernels import ops, reference
+from finetune.kernels import int8, ops, reference
 
 OUT, IN = 24, 48
 
@@ -128,7 +128,7 @@ def test_any_leading_dimensions(shape: tuple[int, ...]) -> None:
 
 DECODER_ONLY = """
 import torch
-from finetune.kernels import ops, reference
+from finetune.kernels import int8, ops, reference
 
 w = torch.randn(24, 48)
 storage = (*reference.quantize_4bit(w, "nf4", 64, True), "nf4", 64)
@@ -159,3 +159,21 @@ def test_second_derivatives_are_right() -> None:
     (grad,) = torch.autograd.grad(ops.linear_4bit(x, None, *storage, OUT).square().sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(grad.sum(), x)
     assert relative(second, 2 * torch.ones(3, IN).double() @ w.double().T @ w.double()) < 1e-5
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["bare", "bias"])
+@pytest.mark.parametrize("threshold", [0.0, 2.0], ids=["weight-only", "outliers"])
+def test_models_may_add_to_outputs_in_place(bias: bool, threshold: float) -> None:
+    """As Falcon's blocks do with what their feed-forward gives: no operator's output is a view."""
+    storage, _ = packed_weight()
+    rows = int8.quantize_weight(torch.randn(OUT, IN, generator=torch.Generator().manual_seed(2)))
+    for shape in ((5, IN), (2, 5, IN)):
+        x, b = torch.randn(shape, requires_grad=True), torch.randn(OUT) if bias else None
+        for y in (
+            ops.linear_4bit(x, b, *storage, OUT),
+            int8.linear_int8(x, b, rows.codes_MI, rows.absmax_M, threshold),
+        ):
+            y += 1
+            y.sum().backward()
+            assert x.grad is not None and x.grad.abs().max() > 0
+            x.grad = None
