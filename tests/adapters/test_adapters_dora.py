@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters_models import dense_twin, frozen, logits, randomize
+from adapters_models import dense_twin, frozen, logits, loss, randomize
 
 from finetune.adapters.attach import attach
 from finetune.adapters.dora import DoRAConfig, DoRALinear
@@ -98,6 +98,15 @@ def test_gradients_hold_the_norm_constant() -> None:
     mine = (x.grad, module.lora_A.weight.grad, module.lora_B.weight.grad, module.lora_magnitude_vector.grad)
     for found, wanted in zip(mine, leaves, strict=True):
         assert (found - wanted.grad).norm() <= 1e-5 * wanted.grad.norm()
+
+
+@pytest.mark.parametrize("quant", ["dense", "int8"])
+def test_models_may_add_residuals_to_outputs_in_place(quant: str) -> None:
+    """Falcon adds attention's output to the feed-forward's where that stands, which the backward pass still reads."""
+    model, adapter = moved("falcon", quant)
+    model.train()
+    loss(model).backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in adapter.trainable().values())
 
 
 def test_norms_follow_what_is_written_also_while_they_are_kept() -> None:
