@@ -17,6 +17,7 @@ from finetune.adapters.lora import LoRAConfig
 from finetune.data.batching import collate
 from finetune.data.rows import Row, TokenRows
 from finetune.errors import RunError
+from finetune.training import separation
 from finetune.training.config import TrainConfig
 from finetune.training.objectives.sft import SFTConfig, build
 from finetune.training.preflight import preflight
@@ -180,6 +181,16 @@ def test_packed_rows_need_a_mask_where_positions_are_ignored(attention: str) -> 
 def test_separation_is_seen_in_16_bits(dtype: torch.dtype) -> None:
     assert needs_mask(setup.tiny_model().to(dtype), setup.rows(), 0, HERE.device) is False
     assert needs_mask(opt().to(dtype), setup.rows(), 0, HERE.device) is True
+
+
+def test_experts_that_regroup_are_no_leak_where_a_mask_would_override_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As seen of Mixtral with a sliding window: rounding of 2 eps without a mask, another window with one."""
+    found = {False: (2.2, 0.03), True: (0.0, 4e4)}
+    monkeypatch.setattr(separation, "_mixing", lambda *_, masked: found[masked])
+    assert needs_mask(setup.tiny_model(), setup.rows(), 0, HERE.device) is False
+    found[False] = (17.0, 0.03)
+    with pytest.raises(RunError, match="mixes the rows"):
+        needs_mask(setup.tiny_model(), setup.rows(), 0, HERE.device)
 
 
 def test_a_model_that_mixes_rows_whatever_is_done() -> None:
