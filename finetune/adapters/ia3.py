@@ -49,7 +49,7 @@ class IA3Config(WeightConfig):
     target_words: ClassVar[tuple[str, ...]] = (AUTO, ALL_LINEAR)
 
     name: str = "ia3"
-    learning_rate: float = 0.02
+    learning_rate: float = 0.08
     targets: Any = AUTO
     # OmegaConf has no type for "a string or a list of strings".
     feedforward: Any = AUTO
@@ -138,7 +138,7 @@ class IA3Adapter(WeightAdapter):
             "feedforward_modules": endings,
             "modules_to_save": self.copies,
         }
-        base = getattr(getattr(self.model, "config", None), "_name_or_path", None)
+        base = peft_format.base_of(self.model)
         conv1d = any(p.kind == "conv1d" for p in self.projections)
         kind = peft_format.task_type(self.structure)
         return written(METHOD, lists, base, kind, fan_in_fan_out=conv1d) | {"feedforward_modules": endings}

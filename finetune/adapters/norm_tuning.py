@@ -39,7 +39,7 @@ class NormTuningConfig(WeightConfig):
     target_words: ClassVar[tuple[str, ...]] = (ALL_NORMS,)
 
     name: str = "norm_tuning"
-    learning_rate: float = 0.004
+    learning_rate: float = 0.016
     targets: Any = ALL_NORMS
 
     def check_saved(self, directory: Path) -> None:
@@ -66,8 +66,7 @@ class NormTuningAdapter(SelectAdapter):
         """adapter_config.json as stock PEFT reads it."""
         whole = [name for name in self.copies if name not in self.parts]
         lists = {"target_modules": peft_format.shorten(self.parts, self.names), "modules_to_save": whole}
-        base = getattr(getattr(self.model, "config", None), "_name_or_path", None)
-        return written(METHOD, lists, base, peft_format.task_type(self.structure))
+        return written(METHOD, lists, peft_format.base_of(self.model), peft_format.task_type(self.structure))
 
 
 @ADAPTERS.register(NormTuningConfig)

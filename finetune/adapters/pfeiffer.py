@@ -22,6 +22,7 @@ class PfeifferConfig(BottleneckConfig):
     after_attention: ClassVar[bool] = False
 
     name: str = "pfeiffer"
+    learning_rate: float = 0.008
 
 
 @ADAPTERS.register(PfeifferConfig)

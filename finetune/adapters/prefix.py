@@ -17,6 +17,7 @@ class PrefixConfig(KeyValueConfig):
     """Prefix tuning."""
 
     name: str = "prefix"
+    learning_rate: float = 0.008
     reparametrise: bool = True
 
 
