@@ -7,11 +7,11 @@ file beside the emulator's weights; training reads in it which blocks train, `fi
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from finetune.adapters.documents import read_document, write_document
 from finetune.errors import ModelError
 
 FILE = "offsite.json"
@@ -62,8 +62,7 @@ class Emulator:
 
     def write(self, directory: Path) -> None:
         """Write offsite.json."""
-        text = json.dumps(asdict(self), indent=2, sort_keys=True)
-        (directory / FILE).write_text(text + "\n", "utf-8")
+        write_document(directory / FILE, asdict(self))
 
 
 def read_emulator(directory: Path) -> Emulator | None:
@@ -75,11 +74,7 @@ def read_emulator(directory: Path) -> Emulator | None:
     path = directory / FILE
     if not path.is_file():
         return None
-    try:
-        document = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path} cannot be read as JSON: {error}") from error
-    return as_emulator(document, str(path))
+    return as_emulator(read_document(path), str(path))
 
 
 def as_emulator(document: Any, where: str) -> Emulator:

@@ -10,6 +10,7 @@ what came out of it, so a saved adapter that is started from trains that directl
 
 from __future__ import annotations
 
+import inspect as signatures
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -244,6 +245,15 @@ class InputAdapter(Adapter):
     def from_file(self, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of a file in the layout of `saved_shape`; a method with another on disk turns them into it."""
         return tensors
+
+
+def by_name(signature: signatures.Signature, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call, all of them by name."""
+    call = dict(signature.bind(*args, **kwargs).arguments)
+    for parameter in signature.parameters.values():
+        if parameter.kind is signatures.Parameter.VAR_KEYWORD:
+            call |= call.pop(parameter.name, {})
+    return call
 
 
 def _placed(model: nn.Module) -> bool:

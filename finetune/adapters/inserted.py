@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.adapters.input import InputAdapter, InputConfig, Removable
+from finetune.adapters.input import InputAdapter, InputConfig, Removable, by_name
 from finetune.adapters.layout import Ahead, Between, Layout
 from finetune.errors import ConfigError
 
@@ -197,15 +197,6 @@ class InsertedAdapter(InputAdapter):
             return (), call
 
         return hook
-
-
-def by_name(signature: inspect.Signature, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call, all of them by name."""
-    call = dict(signature.bind(*args, **kwargs).arguments)
-    for parameter in signature.parameters.values():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            call |= call.pop(parameter.name, {})
-    return call
 
 
 def without(output: Any, layout: Layout) -> Any:

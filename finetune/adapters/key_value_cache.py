@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.adapters.input import Removable
+from finetune.adapters.input import Removable, by_name
 from finetune.adapters.key_value_attention import KeyValues
 from finetune.errors import ConfigError
 from finetune.structure import Stack
@@ -61,13 +61,13 @@ def hooks(model: nn.Module, stack: Stack, source: KeyValues) -> Iterator[Removab
         source: what they get.
     """
     module = model.get_submodule(stack.name)
-    names = tuple(signatures.signature(module.forward).parameters)
+    signature = signatures.signature(module.forward)
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
 
     def before(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         if not source.enabled:
             return None
-        return (), _handed(dict(zip(names, args, strict=False)) | kwargs, stack, source, embeddings.weight.dtype)
+        return (), _handed(by_name(signature, args, kwargs), stack, source, embeddings.weight.dtype)
 
     def after(_module: nn.Module, _args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         # Who asked for no cache must not get ours: generation would go on with it.

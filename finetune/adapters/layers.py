@@ -27,7 +27,7 @@ from finetune.adapters.base import ADAPTERS, AdapterConfig
 from finetune.adapters.emulator import FILE, Emulator, read_emulator
 from finetune.adapters.lora_layers import LowRankWeight
 from finetune.adapters.own_format import as_saved
-from finetune.adapters.peft_format import OWN_METHOD
+from finetune.adapters.peft_format import OWN_METHOD, base_of
 from finetune.adapters.weight import WeightAdapter
 from finetune.errors import ConfigError, ModelError, nearest
 from finetune.quant.base import FrozenExperts, FrozenLinear, FrozenWeight
@@ -245,7 +245,7 @@ def build(config: LayersConfig, model: nn.Module) -> LayersAdapter:
 
 def base_directory(model: nn.Module) -> Path | None:
     """The directory that a model was read from, where that is on this machine."""
-    path = getattr(getattr(model, "config", None), "_name_or_path", None)
+    path = base_of(model)
     return Path(path) if path and Path(path).is_dir() else None
 
 

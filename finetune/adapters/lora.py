@@ -226,8 +226,9 @@ class LoRAAdapter(WeightAdapter):
             alpha_pattern={n: s.alpha for n, s in self.sizes.items() if s.alpha != self.config.alpha},
         )
         conv1d = any(p.transposed for p in self.projections if p.kind == "conv1d")
-        base = getattr(getattr(self.model, "config", None), "_name_or_path", None)
-        return saved.to_peft(base, fan_in_fan_out=conv1d, task_type=peft_format.task_type(self.structure))
+        return saved.to_peft(
+            peft_format.base_of(self.model), fan_in_fan_out=conv1d, task_type=peft_format.task_type(self.structure)
+        )
 
 
 @ADAPTERS.register(LoRAConfig)

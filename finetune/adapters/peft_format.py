@@ -6,15 +6,15 @@ Sources: peft 0.21 `utils/save_and_load.py`, `tuners/tuners_utils.py` (`check_ta
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from finetune.adapters.documents import read_document, write_document
 from finetune.errors import ModelError
 from finetune.structure import Structure
 
@@ -50,7 +50,7 @@ def write(
     directory.mkdir(parents=True, exist_ok=True)
     # Not save_file: it makes a file that its owner alone can read, whatever the umask.
     (directory / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"} | dict(metadata or {})))
-    (directory / CONFIG).write_text(json.dumps(dict(config), indent=2, sort_keys=True) + "\n", "utf-8")
+    write_document(directory / CONFIG, dict(config))
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -79,10 +79,7 @@ def read_settings(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG
     if not path.is_file():
         raise ModelError(f"adapter {directory} has no {CONFIG}: expected what finetune or PEFT saves")
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path} cannot be read as JSON: {error}") from error
+    config = read_document(path)
     if not isinstance(config, dict):
         raise ModelError(f"{path} holds a {type(config).__name__}: expected an object with the adapter's settings")
     return config
@@ -158,6 +155,24 @@ def check_method(directory: Path, saved: Mapping[str, Any], expected: Mapping[st
     """
     if method_of(saved) != method_of(expected):
         raise ModelError(f"adapter {directory} is of method {method_of(saved)}: expected {method_of(expected)}")
+
+
+def base_of(model: nn.Module) -> str | None:
+    """Path or hub id that a model was read from, as transformers notes it; None where it was made in memory."""
+    return getattr(getattr(model, "config", None), "_name_or_path", None) or None
+
+
+def check_plain(config: Mapping[str, Any], path: Path, method: str, known: Collection[str]) -> None:
+    """Refuse another method, and settings that we do not honour, also those that a later PEFT will invent.
+
+    Raises:
+        ModelError: naming what it is, and what was expected.
+    """
+    if method_of(config) != method:
+        raise ModelError(f"{path} is of method {method_of(config)}: expected {method}")
+    for key, value in sorted(config.items()):
+        if key not in known and value not in (None, False, [], {}, 0):
+            raise ModelError(f"{path} sets {key}={value!r}, which finetune does not compute: expected a plain {method}")
 
 
 def check_tensors(directory: Path, expected: Mapping[str, Sequence[int]], found: Mapping[str, Tensor]) -> None:

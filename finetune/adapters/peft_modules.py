@@ -54,11 +54,7 @@ def read_saved(directory: Path, method: str) -> Saved:
     """
     config = peft_format.read_config(directory)
     path = directory / peft_format.CONFIG
-    if peft_format.method_of(config) != method:
-        raise ModelError(f"{path} is of method {peft_format.method_of(config)}: expected {method}")
-    for key, value in sorted(config.items()):
-        if key not in HARMLESS and key not in LISTS and value not in (None, False, [], {}, 0):
-            raise ModelError(f"{path} sets {key}={value!r}, which finetune does not compute: expected a plain {method}")
+    peft_format.check_plain(config, path, method, HARMLESS.union(LISTS))
     for key in LISTS:
         if not _is_names(config.get(key), pattern=key != "modules_to_save"):
             raise ModelError(f"{path}: {key} is {config[key]!r}: expected a list of names or a regular expression")

@@ -14,12 +14,11 @@ from typing import Any
 from torch import nn
 
 from finetune.adapters import peft_format
+from finetune.adapters.full_copy import USUAL_HEADS
 from finetune.errors import ModelError
 from finetune.structure import Structure
 
 SEQ_TO_SEQ = "SEQ_2_SEQ_LM"
-HEADS = ("classifier", "score")
-"""Modules that PEFT trains beside a classifier's prompt, whether the model has them or not."""
 
 UNDERSTOOD = frozenset({
     "peft_type", "task_type", "num_virtual_tokens", "token_dim", "num_transformer_submodules", "modules_to_save",
@@ -51,11 +50,7 @@ def read_saved(directory: Path, method: str) -> SavedPrompt:
     """
     config = peft_format.read_config(directory)
     path = directory / peft_format.CONFIG
-    if peft_format.method_of(config) != method:
-        raise ModelError(f"{path} is of method {peft_format.method_of(config)}: expected {method}")
-    for key, value in sorted(config.items()):
-        if key not in UNDERSTOOD and key not in HARMLESS and value not in (None, False, [], {}, 0):
-            raise ModelError(f"{path} sets {key}={value!r}, which finetune does not compute: expected a plain {method}")
+    peft_format.check_plain(config, path, method, UNDERSTOOD | HARMLESS)
     for key in ("num_virtual_tokens", "token_dim"):
         value = config.get(key)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -73,7 +68,7 @@ def read_saved(directory: Path, method: str) -> SavedPrompt:
 def present(model: nn.Module, names: Sequence[str]) -> list[str]:
     """Of the modules that PEFT names, those that the model has; it names heads of every family it knows."""
     leaves = {part for name, _ in model.named_modules() for part in (name, name.rpartition(".")[2])}
-    return [name for name in names if name in leaves or name not in HEADS]
+    return [name for name in names if name in leaves or name not in USUAL_HEADS]
 
 
 def written(
@@ -97,7 +92,7 @@ def written(
         "peft_type": method,
         "task_type": peft_format.task_type(structure),
         "inference_mode": True,
-        "base_model_name_or_path": getattr(config, "_name_or_path", None) or None,
+        "base_model_name_or_path": peft_format.base_of(model),
         "num_virtual_tokens": length,
         "token_dim": width,
         "num_transformer_submodules": 1,

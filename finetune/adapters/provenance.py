@@ -6,11 +6,11 @@ chat template and the quantization, taken while the base was loaded.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from finetune.adapters.documents import read_document, write_document
 from finetune.errors import ModelError
 
 FORMAT_VERSION = 1
@@ -42,7 +42,7 @@ def write_provenance(
         "digests": dict(digests),
     }
     path = directory / FILE
-    path.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", "utf-8")
+    write_document(path, document)
     return path
 
 
@@ -55,10 +55,7 @@ def read_provenance(directory: Path) -> dict[str, Any] | None:
     path = directory / FILE
     if not path.is_file():
         return None
-    try:
-        document = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path} cannot be read as JSON: {error}") from error
+    document = read_document(path)
     version = document.get("format_version") if isinstance(document, dict) else None
     if not isinstance(version, int) or isinstance(version, bool) or not isinstance(document.get("digests"), dict):
         raise ModelError(f"{path} has no format_version and digests: expected what finetune writes beside an adapter")

@@ -31,8 +31,10 @@ def write_residuals(directory: Path, residuals: Mapping[str, FrozenWeight]) -> d
         for key, tensor in residual.state_dict().items()
     }
     path = directory / FILE
+    path.touch()
+    mode = path.stat().st_mode  # as every new file's; save_file leaves its own to their owner alone
     save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(0o666 & ~_umask(directory))
+    path.chmod(mode)
     return {"file": FILE, "sha256": _digest(path)}
 
 
@@ -85,12 +87,3 @@ def _filled(base: FrozenWeight, state: dict[str, Tensor], where: str) -> FrozenW
 def _digest(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _umask(directory: Path) -> int:
-    """What the system takes off the mode of new files, seen on one: save_file leaves its own to their owner alone."""
-    probe = directory / ".mode"
-    probe.touch()
-    mode = probe.stat().st_mode & 0o666
-    probe.unlink()
-    return 0o666 & ~mode

@@ -10,7 +10,6 @@ and loads alone.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from finetune.adapters import peft_format
 from finetune.adapters.base import ADAPTERS, Adapter, AdapterConfig, Originals
+from finetune.adapters.documents import write_document
 from finetune.adapters.meeting import check_parts, share_heads
 from finetune.adapters.mounting import check_bare
 from finetune.adapters.parts import labels, read_part, stray_keys
@@ -260,8 +260,7 @@ class Stack(Adapter):
         for label, part in zip(self.members, self._alone(), strict=True):
             part.save(directory / label)
         parts = [{"directory": label, "method": part.config.name} for label, part in self.members.items()]
-        text = json.dumps({peft_format.OWN_METHOD: METHOD, "parts": parts}, indent=2) + "\n"
-        (directory / peft_format.CONFIG).write_text(text, "utf-8")
+        write_document(directory / peft_format.CONFIG, {peft_format.OWN_METHOD: METHOD, "parts": parts})
 
     def load(self, directory: Path) -> None:
         """Fill every part from the stack that `save` wrote.
