@@ -23,9 +23,10 @@ from finetune.structure import Projection, Structure, embedding_projection, head
 
 UNDERSTOOD = frozenset({
     "peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "target_parameters", "modules_to_save",
-    "rank_pattern", "alpha_pattern", "exclude_modules", "layers_to_transform", "use_dora",
+    "rank_pattern", "alpha_pattern", "exclude_modules", "layers_to_transform", "layers_pattern", "use_dora",
 })  # fmt: skip
-"""Keys that decide what the adapter computes, and that we read."""
+"""Keys that decide what the adapter computes, and that we read. The list of blocks that `layers_to_transform` counts in
+is ours to find: where `layers_pattern` meant another, the file holds tensors of other modules, which is refused."""
 
 HARMLESS = frozenset({
     "task_type", "inference_mode", "auto_mapping", "base_model_name_or_path", "revision", "peft_version",

@@ -121,7 +121,7 @@ SETTINGS = {
     "orthogonal": {"init_lora_weights": "orthogonal"},
 }
 REFUSED = {
-    "layers, by name": "layers_pattern", "biases, all": "bias='all'", "biases, lora's": "bias='lora_only'",
+    "biases, all": "bias='all'", "biases, lora's": "bias='lora_only'",
     "lora bias": "lora_bias=True", "tokens": "trainable_token_indices=", "tokens, by name": "trainable_token_indices=",
     "replicated": "layer_replication=", "pissa": "init_lora_weights='pissa'",
 }  # fmt: skip
