@@ -298,7 +298,7 @@ def test_a_quantized_checkpoint_is_not_quantized_again(base: Path, tmp_path: Pat
 def test_small_shards(base: Path, tmp_path: Path) -> None:
     run(base, None, tmp_path / "out", "quant=int4", "quant.group_size=32", "max_shard_gb=0.0001")
     shards = sorted((tmp_path / "out").glob("*.safetensors"))
-    assert len(shards) > 2
+    assert len(shards) == 2
     names = [key for shard in shards for key in safe_open(shard, "pt").keys()]
     assert len(names) == len(set(names))
     ft.load(str(tmp_path / "out"), device="cpu")
