@@ -150,8 +150,7 @@ def train(
         model, tokenizer: from `load`.
         data: a path, hub id or list of rows, or a whole DataConfig.
         adapter: from `attach`.
-        train, optim, objective: settings; the defaults are one epoch of AdamW on the learnt tokens, or on the labels of
-            rows where the model was loaded for those.
+        train, optim, objective: settings; by default one epoch of AdamW, for the task that the model was loaded for.
         seed: of dropout and of the order of the rows.
         name, output_dir: the run directory is runs/<name>/<timestamp> unless `output_dir` names it.
 
@@ -167,8 +166,7 @@ def train(
     from finetune.training.trackers.off import OffConfig
 
     known = _of(model)
-    settings = train or TrainConfig()
-    settings.dtype = known.dtype
+    settings = replace(train or TrainConfig(), dtype=known.dtype)
     config = RunConfig(
         name=name,
         seed=seed,
@@ -183,8 +181,7 @@ def train(
     accelerator = make_accelerator(str(next(model.parameters()).device))
     with RunDirectory.create(name, None if output_dir is None else str(output_dir)) as run:
         runner = Runner(config, OmegaConf.create({}), accelerator, run)
-        runner.loaded, runner.adapter = replace(known.loaded, model=model), adapter
-        runner.loaded.tokenizer = tokenizer
+        runner.loaded, runner.adapter = replace(known.loaded, model=model, tokenizer=tokenizer), adapter
         runner.prepare()
         runner.track()
         if settings.preflight:

@@ -110,19 +110,12 @@ def load(model: ModelConfig, quant: QuantConfig, dtype: torch.dtype, device: str
     with ThreadPoolExecutor(1) as pool:
         base = pool.submit(digest.base_digest, headers)
         loaded = pretrained.read_model(directory, config, model, loading, device, task, names)
-        digests = {
-            "base": base.result(),
-            "tokenizer": digest.tokenizer_digest(tokenizer),
-            "chat_template": digest.json_digest(getattr(tokenizer, "chat_template", None)),
-            "quantization": digest.json_digest(asdict(loading.quant)),
-        }
+        digests = _digests(base.result(), tokenizer, loading.quant)
     quantization_config = loading.told()
     notes = [*loading.notes, *_fuse(loaded, model)]
     if quantization_config is not None:
         notes += storage_notes(loaded, DENSE_SHARE)
-    surplus = len(tokenizer) - loaded.get_input_embeddings().weight.shape[0]
-    if surplus > 0:
-        notes.append(f"the tokenizer has {surplus} tokens more than the embeddings have rows: data must not use them")
+    notes += _surplus(loaded, tokenizer)
     local = local_directory(model)
     # Absolute, because the adapter's own files name it and are read from anywhere.
     base_path = model.path if local is None else str(local.resolve())
@@ -140,6 +133,24 @@ def load(model: ModelConfig, quant: QuantConfig, dtype: torch.dtype, device: str
         originals,
         loading.key_mapping,
     )
+
+
+def _digests(base: str, tokenizer: Any, quant: QuantConfig) -> dict[str, str]:
+    """What an adapter that is trained on this base will be compared by; see adapters/provenance.py."""
+    from finetune.model import digest
+
+    return {
+        "base": base,
+        "tokenizer": digest.tokenizer_digest(tokenizer),
+        "chat_template": digest.json_digest(getattr(tokenizer, "chat_template", None)),
+        "quantization": digest.json_digest(asdict(quant)),
+    }
+
+
+def _surplus(model: Any, tokenizer: Any) -> list[str]:
+    """A line on tokens that have no embedding, where there are some."""
+    more = len(tokenizer) - model.get_input_embeddings().weight.shape[0]
+    return [f"the tokenizer has {more} tokens more than the embeddings have rows: data must not use them"] * (more > 0)
 
 
 def _check_head(empty: nn.Module, task: Task, directory: Path, headers: Sequence[Header]) -> None:

@@ -77,15 +77,8 @@ def read_model(
         options["quantization_config"] = FrozenBaseConfig(loading)
     else:
         config.quantization_config = {"quant_method": METHOD, "loading": loading}
-    if task.judges_rows:
-        with quiet():
-            loading.key_mapping = shared_elsewhere(config, stored)
-        if loading.key_mapping:
-            options["key_mapping"] = loading.key_mapping
-            loading.notes.append(
-                f"{', '.join(loading.key_mapping.values())} is stored under another head's name: stock transformers"
-                f" opens this base for the task only with key_mapping={loading.key_mapping}"
-            )
+    if task.judges_rows and _shared(config, loading, stored):
+        options["key_mapping"] = loading.key_mapping
     # What transformers draws for missing weights is drawn again by `start`, from the same point on every device.
     with fixed_thresholds(), quiet(), torch.random.fork_rng(devices=[]):
         try:
@@ -116,6 +109,18 @@ def read_model(
     loaded.requires_grad_(False)
     start(loaded, new)
     return loaded.eval()
+
+
+def _shared(config: Any, loading: Loading, stored: Collection[str]) -> dict[str, str]:
+    """What is stored under the name of a head that the task does not have; it is noted in `loading`."""
+    with quiet():
+        loading.key_mapping = shared_elsewhere(config, stored)
+    if loading.key_mapping:
+        loading.notes.append(
+            f"{', '.join(loading.key_mapping.values())} is stored under another head's name: stock transformers"
+            f" opens this base for the task only with key_mapping={loading.key_mapping}"
+        )
+    return loading.key_mapping
 
 
 def empty_model(config: Any, model: ModelConfig, task: Task = CAUSAL_LM) -> Any:

@@ -45,6 +45,8 @@ COMMON = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_t
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
          "max_position_embeddings": 128}  # fmt: skip
 DECODER = SIZES | {"num_key_value_heads": 2}
+WIDE = COMMON | {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48}
 HEADS = DECODER | {"head_dim": 16}
 OLD = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
@@ -123,6 +125,14 @@ def _frozen(family: str, quant: str, tied: bool | None) -> nn.Module:
 def frozen(family: str, quant: str = "dense", tied: bool | None = None) -> nn.Module:
     """A model whose projections are frozen in a storage format; a new copy each time."""
     return copy.deepcopy(_frozen(family, quant, tied))
+
+
+def frozen_or_plain(family: str, settings: dict[str, Any] | None) -> nn.Module:
+    """One of ours; with settings, a plain causal language model of any family of transformers."""
+    if settings is None:
+        return frozen(family)
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{family}Config")(**settings)).eval()
 
 
 def dense_twin(family: str, quant: str = "dense", tied: bool | None = None) -> nn.Module:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from adapters_models import COMMON, DECODER, frozen, logits, randomize
+from adapters_models import COMMON, DECODER, MOE, WIDE, frozen, frozen_or_plain, logits, randomize
 
 from finetune.adapters.attach import attach
 from finetune.adapters.bottleneck import BottleneckModule
@@ -18,8 +18,6 @@ from finetune.adapters.pfeiffer import PfeifferConfig
 from finetune.checks import check_exports
 from finetune.errors import ConfigError, ModelError
 
-WIDE = COMMON | {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48}
 FAMILIES = {
     "llama": (None, "self_attn.o_proj", "mlp.down_proj"),
     "gpt2": (None, "attn.c_proj", "mlp.c_proj"),
@@ -34,12 +32,7 @@ FAMILIES = {
 
 
 def model_of(family: str) -> torch.nn.Module:
-    settings = FAMILIES[family][0]
-    if settings is None:
-        return frozen(family)
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**settings)
-    return transformers.AutoModelForCausalLM.from_config(config).eval()
+    return frozen_or_plain(family, FAMILIES[family][0])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from adapters_models import COMMON, DECODER, VOCABULARY, bits, frozen, ids, logits, randomize
+from adapters_models import COMMON, DECODER, MOE, VOCABULARY, WIDE, bits, frozen_or_plain, ids, logits, randomize
 from torch import Tensor
 
 from finetune.adapters.attach import attach
@@ -19,8 +19,6 @@ from finetune.checks import check_exports
 from finetune.errors import ConfigError, ModelError
 from finetune.structure import inspect
 
-WIDE = COMMON | {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48}
 T5 = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
 FAMILIES = {
     "llama": (None, "mlp.gate_proj", "mlp.down_proj"),
@@ -39,12 +37,7 @@ FAMILIES = {
 
 
 def model_of(family: str) -> torch.nn.Module:
-    settings = FAMILIES[family][0]
-    if settings is None:
-        return frozen(family)
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**settings)
-    return transformers.AutoModelForCausalLM.from_config(config).eval()
+    return frozen_or_plain(family, FAMILIES[family][0])
 
 
 def adapted(family: str, **settings: object):
