@@ -102,10 +102,11 @@ def check_training(config: RunConfig, adapter: Adapter) -> int:
     shortest = config.data.max_length or SHORTEST_ROW
     if virtual and shortest + virtual > context:
         asked = "data.max_length is" if config.data.max_length else "a row has at least"
+        room = context - virtual
+        fits = f"rows of {room} tokens" if room >= SHORTEST_ROW else f"at most {context - SHORTEST_ROW} virtual tokens"
         raise ConfigError(
             f"{asked} {shortest} and adapter={config.adapter.name} puts {virtual} virtual tokens before every row, more"
-            f" than the model's context of {context} tokens: expected {max(0, context - virtual)} and {virtual}, or"
-            " fewer virtual ones"
+            f" than the model's context of {context} tokens: expected {fits}"
         )
     return context - virtual
 

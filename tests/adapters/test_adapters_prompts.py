@@ -152,12 +152,16 @@ def test_rows_must_leave_room_for_virtual_tokens() -> None:
     config.export.formats = ["peft"]
     context = context_length(config.model)
     config.data.max_length = context - 39
-    with pytest.raises(ConfigError, match=f"data.max_length is {context - 39} and adapter=prompt_tuning puts 40 "):
+    words = f"data.max_length is {context - 39} and adapter=prompt_tuning puts 40 .* expected rows of {context - 40} "
+    with pytest.raises(ConfigError, match=words):
         check_fit(config)
     config.data.max_length = context - 40
     check_fit(config)
     adapter = attach(frozen("llama"), config.adapter)
     assert check_training(config, adapter) == context - 40
+    config.adapter, config.data.max_length = PromptTuningConfig(prefix_length=5000), None
+    with pytest.raises(ConfigError, match=f"expected at most {context - 2} virtual tokens"):
+        check_fit(config)
 
 
 def test_a_method_that_cannot_train_so_says_it_before_anything_is_loaded() -> None:
