@@ -78,7 +78,7 @@ SAYS = {
         layer.2.DenseReluDense.wo: linear 96 -> 64, feed-forward output; stays in floating point, which the model's
         virtual tokens go in: before the tokens of encoder
         trained keys and values go in: the cache of decoder
-        it takes up 20 positions of the context before every row""",
+        it takes up 100 positions of the context before every row""",
 }
 
 

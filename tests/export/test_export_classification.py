@@ -98,7 +98,9 @@ def test_every_adapter_trains_and_keeps_the_head(name: str, family: str, quant: 
     def attached(seed: int, **more: Any) -> tuple[Loaded, Adapter]:
         loaded = opened(base, quant=quant, seed=seed)
         kind = ADAPTERS.type_of(name)
-        config: AdapterConfig = kind(**({"rank": 4} if "rank" in kind.__dataclass_fields__ else {}), **more)
+        small = {"rank": 4, "prefix_length": 5}  # the base has 64 positions
+        known = {key: value for key, value in small.items() if key in kind.__dataclass_fields__}
+        config: AdapterConfig = kind(**known, **more)
         config.read_tokenizer(loaded.tokenizer)
         return loaded, attach(loaded.model, config, loaded.originals)
 
@@ -161,7 +163,7 @@ def test_what_peft_does_otherwise_is_said(family: str, method: str, fits: bool, 
     base = tasks.plain_base(tmp_path / "base", family)
     loaded = opened(base)
     rows = rows_of(loaded.tokenizer, 6)
-    adapter = attach(loaded.model, ADAPTERS.type_of(method)())
+    adapter = attach(loaded.model, ADAPTERS.type_of(method)(prefix_length=5))
     fit(loaded, adapter, rows, 3)
     adapter.save(tmp_path / "saved")
     theirs = PeftModel.from_pretrained(stock(base, loaded), str(tmp_path / "saved")).eval()
