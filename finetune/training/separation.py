@@ -20,6 +20,7 @@ from finetune.data.batching import LENGTH_STEP, collate, packed_mask
 from finetune.data.rows import Batch, Row, TokenRows
 from finetune.errors import RunError
 from finetune.quant.base import FrozenWeight
+from finetune.structure import inspect
 
 MicroBatch = list[list[int]]
 """Sequences, each a list of row indices: one row unless packed."""
@@ -53,18 +54,24 @@ def needs_mask(model: nn.Module, rows: TokenRows, pad_id: int, device: torch.dev
             leak, difference = _mixing(model, first, second, pad_id, device, masked=False)
             if leak <= 0.5 and difference <= 8:
                 return False
-            rounded = leak <= 16 and difference <= 8
+            # Experts regroup their products. Anywhere else so much would be a leak.
+            rounded = leak <= 16 and difference <= 8 and _has_experts(model)
             with suppress(IndexError, RuntimeError, TypeError, ValueError):  # a model that cannot take such a mask
                 leak, difference = _mixing(model, first, second, pad_id, device, masked=True)
                 if leak <= 16 and difference <= 32:
                     return True
-            if rounded:  # experts regroup; a mask that would bring certainty overrides the model's sliding window
+            if rounded:  # a mask that would bring certainty overrides the model's sliding window
                 return False
     finally:
         model.train(training)
     raise RunError(
         f"data.packing=true, but {type(model).__name__} mixes the rows of a packed sequence: set it to false"
     )
+
+
+def _has_experts(model: nn.Module) -> bool:
+    """Whether tokens are sent to experts in groups."""
+    return any(p.kind == "experts" for p in inspect(model).projections)
 
 
 def batch_maker(

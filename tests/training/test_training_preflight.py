@@ -185,12 +185,17 @@ def test_separation_is_seen_in_16_bits(dtype: torch.dtype) -> None:
 
 def test_experts_that_regroup_are_no_leak_where_a_mask_would_override_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
     """As seen of Mixtral with a sliding window: rounding of 2 eps without a mask, another window with one."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = transformers.MixtralConfig(vocab_size=32, num_hidden_layers=1, num_local_experts=2, **sizes)
+    experts = transformers.MixtralForCausalLM(config)
     found = {False: (2.2, 0.03), True: (0.0, 4e4)}
     monkeypatch.setattr(separation, "_mixing", lambda *_, masked: found[masked])
-    assert needs_mask(setup.tiny_model(), setup.rows(), 0, HERE.device) is False
+    assert needs_mask(experts, setup.rows(), 0, HERE.device) is False
+    with pytest.raises(RunError, match="mixes the rows"):  # where nothing regroups, it is a leak
+        needs_mask(setup.tiny_model(), setup.rows(), 0, HERE.device)
     found[False] = (17.0, 0.03)
     with pytest.raises(RunError, match="mixes the rows"):
-        needs_mask(setup.tiny_model(), setup.rows(), 0, HERE.device)
+        needs_mask(experts, setup.rows(), 0, HERE.device)
 
 
 def test_a_model_that_mixes_rows_whatever_is_done() -> None:
