@@ -170,8 +170,12 @@ class Adapter(ABC):
         return {}
 
     def take_over(self, name: str, copy: Any) -> None:
-        """Train another adapter's copy of a module that trains whole, in place of the own one."""
-        raise NotImplementedError(f"{type(self).__name__} trains no module whole")
+        """Train another adapter's copy of a module that trains whole, in place of the own one.
+
+        Raises:
+            KeyError: where it trains no such module.
+        """
+        raise KeyError(name)
 
     @abstractmethod
     def mount(self) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from finetune.errors import ModelError
+from finetune.errors import ModelError, UserError
+from finetune.structure.experiments import UNFORESEEN
 from finetune.structure.inspect import inspect
 
 
@@ -36,7 +37,7 @@ def cut_config(model: nn.Module, kept: Sequence[int], build: Callable[[Any], nn.
     for config in _candidates(model.config, len(blocks), kept):
         try:
             found = build(type(config).from_dict(config.to_dict()))
-        except Exception:  # whatever a family raises for a configuration that contradicts itself
+        except (*UNFORESEEN, UserError):  # a configuration that contradicts itself
             continue
         if _shapes(found, inspect(found).blocks) == wanted:
             return config
