@@ -73,15 +73,15 @@ class DoRALinear(LoRALinear):
         wanted_RO, found_RO = probe_RI @ w_OI.T, self._stored_product(probe_RI)
         self.exact = w_OI.is_meta or bool((found_RO - wanted_RO).norm() <= EXACT * wanted_RO.norm())
         self._kept: tuple[Any, Tensor] | None = None
-        self.ends_branch = True
-        """Whether the model may add to the output where it stands; the backward pass needs it as it was."""
+        self.overwritten = True
+        """Whether the model may write into the output, which the backward pass needs as it was."""
 
     def adapted(self, x_BI: Tensor) -> Tensor:
         """m / n (W x + s B A dropout(x)) + bias, in the dtype of x; n is the norm."""
         y_BO = super().adapted(x_BI)
         magnitude_O, bias_O = self.lora_magnitude_vector, self.bias
         scaled_BO: Tensor = _Scaled.apply(y_BO, magnitude_O, self.norm(y_BO.dtype), bias_O)  # type: ignore[no-untyped-call]
-        return scaled_BO.clone() if self.ends_branch and scaled_BO.requires_grad else scaled_BO
+        return scaled_BO.clone() if self.overwritten and scaled_BO.requires_grad else scaled_BO
 
     @torch.no_grad()
     def norm(self, dtype: torch.dtype) -> Tensor:
@@ -144,14 +144,14 @@ class DoRAAdapter(LoRAAdapter):
     def wrap(self, base: FrozenLinear, projection: Projection) -> DoRALinear:
         """A low-rank product beside a linear layer, and the lengths of the sum's rows."""
         module = DoRALinear(base, **self._sizes(projection))
-        module.ends_branch = self._ends is None or projection.name in self._ends
+        module.overwritten = self._overwritten is None or projection.name in self._overwritten
         return module
 
     @cached_property
-    def _ends(self) -> set[str] | None:
-        """The projections that end a branch of a block; None where the model is not understood."""
+    def _overwritten(self) -> tuple[str, ...] | None:
+        """The projections whose outputs the model writes into; None where it is not understood."""
         flow = trace(self.model)
-        return None if flow is None else {*flow.attention_output, *flow.feedforward_output}
+        return None if flow is None else flow.overwritten
 
     def wrap_experts(self, base: FrozenExperts, projection: Projection) -> Any:
         """Experts are read as weights, one at a time, which has no place for a factor on their output."""

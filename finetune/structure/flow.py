@@ -55,6 +55,7 @@ class Flow:
         feedforward_input: by the name of such an output, the projections that its branch begins with; none for experts.
         query, key, value: what computes the left side of scores, their right side, and what the weights are multiplied
             with. One projection may be all three.
+        overwritten: whose outputs the model writes into (`y += residual`).
     """
 
     key_value: tuple[str, ...]
@@ -64,6 +65,7 @@ class Flow:
     query: tuple[str, ...] = ()
     key: tuple[str, ...] = ()
     value: tuple[str, ...] = ()
+    overwritten: tuple[str, ...] = ()
 
 
 def trace(model: nn.Module) -> Flow | None:
@@ -88,7 +90,8 @@ def trace(model: nn.Module) -> Flow | None:
     right, attention, feedforward = (sorted(names, key=order.index) for names in (marks.right, attention, feedforward))
     begins = {end: [name for name in order if name in marks.read.get(end, ())] for end in feedforward}
     beginnings = {end: tuple(n for n in names if STREAM in marks.read.get(n, ())) for end, names in begins.items()}
-    sides = (tuple(sorted(names, key=order.index)) for names in (marks.query, marks.key, marks.value))
+    further = (marks.query, marks.key, marks.value, marks.overwritten - {STREAM})
+    sides = (tuple(sorted(names, key=order.index)) for names in further)
     return Flow(tuple(right), tuple(attention), tuple(feedforward), beginnings, *sides)
 
 
@@ -108,6 +111,12 @@ class _Marks(TorchFunctionMode):
         self.key: set[str] = set()
         self.value: set[str] = set()
         self._starts: dict[int, tuple[Tensor, str]] = {}
+        self._given: list[tuple[str, Tensor, int]] = []
+
+    @property
+    def overwritten(self) -> set[str]:
+        """Projections whose outputs have been written into since they were handed out."""
+        return {name for name, output, version in self._given if output._version != version}
 
     @property
     def right(self) -> set[str]:
@@ -121,7 +130,9 @@ class _Marks(TorchFunctionMode):
         start = output.detach().requires_grad_()
         self._starts[id(start)] = (start, name)
         # Views of a leaf that asks for a gradient cannot be written in place, so hand out something behind it.
-        return start * 1
+        given = start * 1
+        self._given.append((name, given, given._version))
+        return given
 
     def sources(self, tensor: Any) -> set[str]:
         """Names that a tensor was computed from."""

@@ -134,3 +134,14 @@ def test_a_model_without_attention_is_not_understood() -> None:
         config = transformers.MambaConfig(vocab_size=96, hidden_size=64, num_hidden_layers=2, state_size=8)
         model = transformers.MambaForCausalLM(config)
     assert trace(model) is None
+
+
+def test_outputs_that_a_model_writes_into() -> None:
+    """Falcon adds the output of attention to that of its feed-forward in place, where it runs both side by side."""
+    config = transformers.FalconConfig(vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
+    falcon = trace(transformers.FalconForCausalLM(config))
+    assert falcon is not None and falcon.overwritten
+    assert set(falcon.overwritten) <= {*falcon.feedforward_output, *falcon.attention_output}
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+    llama = trace(transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=64, num_hidden_layers=2, **sizes)))
+    assert llama is not None and llama.overwritten == ()
