@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from typing import Any
 
@@ -26,12 +27,16 @@ def check_device(device: str) -> None:
 
 
 def make_accelerator(device: str) -> Any:
-    """accelerate's view of the processes and of this one's device."""
+    """accelerate's view of the processes and of this one's device; at exit the processes part in good order."""
     from accelerate import Accelerator
 
     if ":" in device:
         os.environ["ACCELERATE_TORCH_DEVICE"] = device
-    return Accelerator(cpu=device == "cpu")
+    accelerator = Accelerator(cpu=device == "cpu")
+    if accelerator.num_processes > 1:
+        # Gloo's threads may still hold tensors of the last sum: to let go of them while Python shuts down aborts it.
+        atexit.register(accelerator.state.destroy_process_group)
+    return accelerator
 
 
 def resolve_dtype(name: str, device: Any) -> str:

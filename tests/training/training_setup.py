@@ -18,6 +18,7 @@ from torch import nn
 
 from finetune.adapters.base import Adapter, AdapterConfig
 from finetune.data.rows import Row, TokenRows
+from finetune.device import make_accelerator
 from finetune.training.config import TrainConfig
 from finetune.training.loop import train
 from finetune.training.objectives.sft import SFTConfig, build
@@ -138,9 +139,7 @@ def run_training(
     **settings: Any,
 ) -> tuple[TrainResult, dict[str, torch.Tensor]]:
     """Start or resume a run; its result and the trained tensors."""
-    from accelerate import Accelerator
-
-    accelerator = accelerator or Accelerator(cpu=True)
+    accelerator = accelerator or make_accelerator("cpu")
     model = model if model is not None else tiny_model()
     adapter = HandMade(model, dropout) if adapt is None else adapt(model)
     config = TrainConfig(**{"dtype": "fp32", "learning_rate": 1e-2, "log_every": 1, "batch_size": 4, **settings})
