@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -40,8 +40,12 @@ class AdapterConfig:
         train_also: full modules trained beside the adapter, by the last part of their name: [lm_head, embed_tokens].
         allow_other_quant: accept a saved adapter that was trained on the same weights quantized otherwise.
         learning_rate: the peak that suits the method on a base of hidden size 256, where `train.learning_rate` names
-            none; wider bases learn at 256 / hidden size of it. It belongs to the training and is not saved.
+            none; wider bases learn at 256 / hidden size of it (`by_width`). It belongs to the training and is not
+            saved.
     """
+
+    by_width: ClassVar[bool] = True
+    """Whether the rate falls with the width of the base, as it must for weights of projections."""
 
     name: str = "base"
     path: str | None = None
@@ -115,6 +119,8 @@ class Adapter(ABC):
     model: nn.Module
     copies: Mapping[str, Any] = {}
     """Modules that train whole (`full_copy.FullCopy`), by their names in the model."""
+    task_head: Sequence[str] = ()
+    """Those among `copies` that were made for the task: they start from nothing, and learn at a rate of their own."""
     members: Mapping[str, Adapter] = {}
     """What an adapter is made of, by the names of their directories inside its own."""
 

@@ -16,14 +16,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from finetune.adapters import peft_format
-from finetune.adapters.base import DTYPES, Adapter, AdapterConfig
-from finetune.adapters.full_copy import FullCopy, build_copies, file_keys, renamed, trained_whole
+from finetune.adapters.attached import AttachedAdapter
+from finetune.adapters.base import DTYPES, AdapterConfig
+from finetune.adapters.full_copy import build_copies, file_keys, trained_whole
 from finetune.adapters.mounting import Mounted, check_bare, lift, place, switched_off
 from finetune.errors import ConfigError
 from finetune.structure import inspect
@@ -51,6 +52,8 @@ class InputConfig(AdapterConfig):
         prefix_length: virtual tokens before every row; they count against the model's context.
     """
 
+    by_width: ClassVar[bool] = False
+
     prefix_length: int = 20
 
     def __post_init__(self) -> None:
@@ -66,6 +69,14 @@ class PromptEncoder(Mounted):
     def forward(self) -> Tensor:
         """What the model meets, in the dtype of the trained tensors; the shape is the method's."""
 
+    @abstractmethod
+    def learning_rate_scales(self, ratio: float) -> dict[str, float]:
+        """Factors on the learning rate, by names of the own parameters.
+
+        Args:
+            ratio: for what the model meets as it is, beside its size.
+        """
+
 
 class Materialised(PromptEncoder):
     """What the model meets, trained as it is."""
@@ -78,8 +89,12 @@ class Materialised(PromptEncoder):
         """The trained tensor."""
         return self.values
 
+    def learning_rate_scales(self, ratio: float) -> dict[str, float]:
+        """A share of the tensor's own size."""
+        return {"values": ratio * size(self.values)}
 
-class InputAdapter(Adapter):
+
+class InputAdapter(AttachedAdapter):
     """Hooks something trained before the text.
 
     Args:
@@ -91,7 +106,6 @@ class InputAdapter(Adapter):
     """
 
     config: InputConfig
-    copies: dict[str, FullCopy]
 
     def __init__(self, config: InputConfig, model: nn.Module) -> None:
         self.config, self.model = config, model
@@ -130,28 +144,15 @@ class InputAdapter(Adapter):
     def hooks(self) -> Iterator[Removable]:
         """Register the hooks by which the model meets `self.encoder()`; silent while `self.enabled` is False."""
 
-    @abstractmethod
-    def file_config(self) -> dict[str, Any]:
-        """adapter_config.json: PEFT's where it has the method, else `finetune_method` and the settings."""
-
     @property
     def virtual_tokens(self) -> int:
         """The configured length."""
         return self.config.prefix_length
 
     @property
-    def in_peft(self) -> bool:
-        """Where adapter_config.json names one of PEFT's methods."""
-        return "peft_type" in self.file_config()
-
-    @property
     def starts_as_base(self) -> bool:
         """Rows begin with something that was not there."""
         return False
-
-    def trainable(self) -> dict[str, nn.Parameter]:
-        """Every tensor that trains, by its full name in the model; a tied one once."""
-        return dict(self._trainable)
 
     def disabled(self) -> AbstractContextManager[None]:
         """Within it nothing stands before the text, and whole modules compute with their stored weights."""
@@ -171,11 +172,6 @@ class InputAdapter(Adapter):
         self._handles = []
         lift(self.model, self.copies)
         delattr(self.model, PROMPT)
-
-    def take_over(self, name: str, copy: FullCopy) -> None:
-        """Train another adapter's copy of a module in place of the own one."""
-        self.copies[name] = copy
-        self._trainable = renamed(self._trainable, name, copy)
 
     def places(self) -> dict[str, Mounted]:
         """What trains before the text, and copies that train."""
@@ -200,7 +196,12 @@ class InputAdapter(Adapter):
         raise ConfigError(f"adapter={self.config.name} does not merge: {self.obstacle}")
 
     def file_keys(self) -> dict[str, nn.Parameter]:
-        """Keys of whole modules in adapter_model.safetensors and the parameters they fill."""
+        """What trains as the model meets it, as PEFT names it, and what whole modules add."""
+        met = {EMBEDDINGS: self.encoder.values} if isinstance(self.encoder, Materialised) else {}
+        return met | self.copy_keys()
+
+    def copy_keys(self) -> dict[str, nn.Parameter]:
+        """The part of `file_keys` that modules trained whole add."""
         return file_keys(self.copies, PREFIX)
 
     @torch.no_grad()
@@ -209,42 +210,39 @@ class InputAdapter(Adapter):
         training = self.encoder.training
         values = nn.Parameter(self.encoder.eval()().reshape(self.saved_shape()), requires_grad=False)
         self.encoder.train(training)
-        peft_format.write(Path(directory), {EMBEDDINGS: values, **self.file_keys()}, self.file_config())
+        peft_format.write(Path(directory), {EMBEDDINGS: values, **self.copy_keys()}, self.file_config())
 
-    @torch.no_grad()
-    def load(self, directory: Path) -> None:
-        """Fill the tensors of an adapter that was attached with `path`.
+    def fill(self, directory: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Copy tensors into an adapter that was attached with `path`.
 
         Raises:
-            ModelError: for another method or other settings, or missing, unexpected or mis-shaped tensors.
+            ModelError: for missing, unexpected or mis-shaped tensors.
             ConfigError: where it was attached fresh, with an encoder that the file does not hold.
         """
-        directory = Path(directory)
-        saved = peft_format.read_config(directory)
-        peft_format.check_method(directory, saved, self.file_config())
-        self.check_settings(directory, saved)
-        keys = self.file_keys()
-        found = self.from_file(saved, peft_format.read_tensors(directory))
-        shapes = {EMBEDDINGS: self.saved_shape()} | {key: tuple(p.shape) for key, p in keys.items()}
-        peft_format.check_tensors(directory, shapes, found)
         if not isinstance(self.encoder, Materialised):
             raise ConfigError(
                 f"a fresh adapter={self.config.name} has an encoder that {directory} does not hold: set adapter.path"
             )
-        self.encoder.values.copy_(found[EMBEDDINGS].reshape(self.encoder.values.shape))
-        for key, parameter in keys.items():
-            parameter.copy_(found[key])
+        super().fill(directory, tensors)
 
-    def check_settings(self, directory: Path, saved: Mapping[str, Any]) -> None:
-        """Refuse a file whose settings would make its tensors mean something else here.
+    @property
+    def ratio(self) -> float:
+        """How many times as fast as the rate of the run what trains as the model meets it learns."""
+        return 1.0
 
-        Raises:
-            ModelError: naming the setting and both values.
-        """
+    def learning_rate_scales(self) -> dict[str, float]:
+        """Those of the encoder."""
+        scales = self.encoder.learning_rate_scales(self.ratio)
+        return {f"{PROMPT}.{name}": scale for name, scale in scales.items()}
 
-    def from_file(self, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of a file in the layout of `saved_shape`; a method with another on disk turns them into it."""
-        return tensors
+
+def size(values: Tensor) -> float:
+    """Root mean square, what Adam's steps are to be measured by; 1 for zeros.
+
+    Adam moves every number by about the learning rate. Embeddings are of the order of 0.01 in one base and 1 in
+    another, hidden states of 0.5 or 8: a rate suits both only as a share of what is there.
+    """
+    return float(values.detach().float().square().mean().sqrt()) or 1.0
 
 
 def by_name(signature: signatures.Signature, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finetune.adapters import key_value_attention, key_value_cache, peft_prompts
-from finetune.adapters.input import PROMPT, InputAdapter, InputConfig, Materialised, PromptEncoder, Removable
+from finetune.adapters.input import InputAdapter, InputConfig, Materialised, PromptEncoder, Removable, size
 from finetune.adapters.saved_prompt import agreed
 from finetune.errors import ConfigError, ModelError, nearest
 from finetune.structure.attention import attending
@@ -47,8 +47,8 @@ class KeyValueConfig(InputConfig):
         init: vocabulary (what the base computes for tokens drawn from its vocabulary) or random.
         reparametrise: whether they come out of two small layers while they are trained.
         width: features between these.
-        ratio: how many times as fast as train.learning_rate the keys and values themselves learn; the two layers learn
-            at the plain rate, and what comes out of them moves faster than they do.
+        ratio: the keys and values themselves learn at so many times train.learning_rate, as a share of their size; the
+            two layers learn at the plain rate, and what comes out of them moves faster than they do.
     """
 
     init: str = "vocabulary"
@@ -103,6 +103,11 @@ class Reparametrised(PromptEncoder):
         hidden_LM = torch.tanh(self.first(self.embedding))
         moved = F.linear(hidden_LM, self.second.weight[begin:end], self.second.bias[begin:end])
         return self.start[:, begin:end] + moved
+
+    def learning_rate_scales(self, ratio: float) -> dict[str, float]:
+        """What comes out of the layers moves what they are added to by a share of its size as well."""
+        share = size(self.start)
+        return {"start": ratio * share, "second.weight": share, "second.bias": share}
 
 
 class KeyValueAdapter(InputAdapter):
@@ -160,9 +165,10 @@ class KeyValueAdapter(InputAdapter):
         rows = 2 * len(self.stack.blocks)
         return 4 * block % rows if self.stack.reads else 2 * block
 
-    def learning_rate_scales(self) -> dict[str, float]:
-        """`ratio` on the keys and values, where they are trained as they are."""
-        return {f"{PROMPT}.{name}": self.config.ratio for name in ("values", "start") if hasattr(self.encoder, name)}
+    @property
+    def ratio(self) -> float:
+        """As configured."""
+        return self.config.ratio
 
     def make_encoder(self) -> PromptEncoder:
         """The keys and values themselves, or what they come out of."""

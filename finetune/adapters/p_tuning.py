@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from finetune.adapters.base import ADAPTERS
-from finetune.adapters.input import PROMPT, PromptEncoder
+from finetune.adapters.input import PromptEncoder, size
 from finetune.adapters.prompt_start import StartConfig
 from finetune.adapters.saved_prompt import SavedPromptAdapter, agreed
 from finetune.errors import ConfigError, nearest
@@ -27,6 +27,8 @@ from finetune.errors import ConfigError, nearest
 METHOD = "P_TUNING"
 """PEFT's name."""
 ENCODERS = ("lstm", "mlp")
+WIDTH = 256
+"""Features within a network that the learning rate is for."""
 
 
 @dataclass
@@ -38,7 +40,7 @@ class PTuningConfig(StartConfig):
     tokens, which train too.
 
     Attributes:
-        ratio: these learn so many times as fast as the network.
+        ratio: these learn at so many times the rate of the network, as a share of their size.
         encoder: lstm | mlp.
         encoder_hidden_size: features within the network (of the LSTM, in each direction); null for those of an
             embedding.
@@ -47,9 +49,9 @@ class PTuningConfig(StartConfig):
     """
 
     name: str = "p_tuning"
-    learning_rate: float = 0.003
+    learning_rate: float = 0.004
     prefix_length: int = 100
-    ratio: float = 10.0
+    ratio: float = 50.0
     encoder: str = "lstm"
     encoder_hidden_size: int | None = None
     encoder_layers: int = 2
@@ -88,7 +90,7 @@ class PTuningEncoder(PromptEncoder):
 
     def __init__(self, config: PTuningConfig, width: int, start: Tensor | None) -> None:
         super().__init__()
-        inner = config.encoder_hidden_size or width
+        self.inner = inner = config.encoder_hidden_size or width
         self.embedding = nn.Embedding(config.prefix_length, width)
         self.lstm_head: nn.LSTM | None = None
         if config.encoder == "lstm":
@@ -117,6 +119,17 @@ class PTuningEncoder(PromptEncoder):
         out_LH: Tensor = self.mlp_head(x_LE)
         return out_LH if self.start is None else self.start + out_LH
 
+    def learning_rate_scales(self, ratio: float) -> dict[str, float]:
+        """The rate of a network falls with its width; what comes out of it moves what it is added to by a share of its
+        size as well."""
+        falls = min(1.0, WIDTH / self.inner)
+        scales = {name: falls for name, _ in self.named_parameters() if name != "start"}
+        if self.start is None:
+            return scales
+        share, last = size(self.start), f"mlp_head.{len(self.mlp_head) - 1}"
+        moved = {f"{last}.weight": falls * share, f"{last}.bias": falls * share}
+        return scales | moved | {"start": ratio * share}
+
 
 class PTuningAdapter(SavedPromptAdapter):
     """P-tuning v1 attached to a model; see `PTuningConfig`."""
@@ -128,10 +141,10 @@ class PTuningAdapter(SavedPromptAdapter):
         """The network, as torch initialises its layers but for the last where it starts from tokens."""
         return PTuningEncoder(self.config, self.width, self.token_start(self.config))
 
-    def learning_rate_scales(self) -> dict[str, float]:
-        """`ratio` on what trains as it is: embeddings that the network's outputs are added to, or all there is."""
-        trained = dict(self.encoder.named_parameters(recurse=False))
-        return {f"{PROMPT}.{name}": self.config.ratio for name in trained}
+    @property
+    def ratio(self) -> float:
+        """As configured."""
+        return self.config.ratio
 
     def file_config(self) -> dict[str, Any]:
         """adapter_config.json as stock PEFT reads it; of the network it says what it was."""

@@ -138,9 +138,10 @@ class Stack(Adapter):
 
     def __init__(self, config: StackConfig, model: nn.Module, parts: Mapping[str, Adapter]) -> None:
         check_bare(model)
-        check_parts(parts, inspect(model).task_head)
+        self.task_head = inspect(model).task_head
+        check_parts(parts, self.task_head)
         self.config, self.model, self.members = config, model, dict(parts)
-        share_heads(parts, inspect(model).task_head)
+        share_heads(parts, self.task_head)
         self.mount()
         self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
@@ -172,12 +173,17 @@ class Stack(Adapter):
         return all(part.starts_as_base for part in self.members.values())
 
     def learning_rate_scales(self) -> dict[str, float]:
-        """Those of the parts, under the names that the tensors have in this stack."""
+        """Those of the parts, by the names in this stack: each learns at its own method's rate, and `learning_rate` of
+        the stack moves all of them."""
+        usual = type(self.config).learning_rate
         names = {id(parameter): name for name, parameter in self._trainable.items()}
         scales: dict[str, float] = {}
         for part in self.members.values():
             tensors = part.trainable()
-            scales |= {names[id(tensors[name])]: scale for name, scale in part.learning_rate_scales().items()}
+            own = dict.fromkeys(tensors, 1.0) | part.learning_rate_scales()
+            scales |= {
+                names[id(tensors[name])]: scale * part.config.learning_rate / usual for name, scale in own.items()
+            }
         return scales
 
     @contextmanager

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from finetune.adapters import peft_format
 from finetune.adapters.adapted import AdaptedExperts, AdaptedWeight, WrappedLinear
-from finetune.adapters.base import DTYPES, Adapter, AdapterConfig
-from finetune.adapters.full_copy import FullCopy, build_copies, file_keys, renamed, trained_whole
+from finetune.adapters.attached import AttachedAdapter
+from finetune.adapters.base import DTYPES, AdapterConfig
+from finetune.adapters.full_copy import FullCopy, build_copies, trained_whole
 from finetune.adapters.mounting import Mounted, check_bare, lift, place, switched_off
 from finetune.adapters.own_format import own_settings
 from finetune.adapters.targets import ALL_LINEAR, check_embedding, check_targets, select
@@ -54,7 +55,7 @@ class WeightConfig(AdapterConfig):
         check_targets(self.targets, self.target_words)
 
 
-class WeightAdapter(Adapter):
+class WeightAdapter(AttachedAdapter):
     """Wraps the targeted projections of a model in place.
 
     Args:
@@ -67,7 +68,6 @@ class WeightAdapter(Adapter):
     """
 
     config: WeightConfig
-    copies: dict[str, FullCopy]
 
     def __init__(self, config: WeightConfig, model: nn.Module, plan: list[Projection] | None = None) -> None:
         self.config, self.model = config, model
@@ -145,10 +145,6 @@ class WeightAdapter(Adapter):
         # A frozen module does not know the model's mode; dropout has to.
         return wrapped.train(self.model.training)
 
-    def trainable(self) -> dict[str, nn.Parameter]:
-        """Every tensor that trains, by its full name in the model; a tied one once."""
-        return dict(self._trainable)
-
     def disabled(self) -> AbstractContextManager[None]:
         """Within it every adapted module computes with its stored weight alone, bit for bit the base."""
         return switched_off([*self.adapted.values(), *self.copies.values()])
@@ -161,11 +157,6 @@ class WeightAdapter(Adapter):
         """Put the base's modules back."""
         lift(self.model, self.places())
 
-    def take_over(self, name: str, copy: FullCopy) -> None:
-        """Train another adapter's copy of a module in place of the own one."""
-        self.copies[name] = copy
-        self._trainable = renamed(self._trainable, name, copy)
-
     def places(self) -> dict[str, Mounted]:
         """Adapted projections and modules, and copies that train."""
         return {**self.adapted, **self.copies}
@@ -174,11 +165,6 @@ class WeightAdapter(Adapter):
     def mergeable(self) -> bool:
         """Weight adapters merge."""
         return True
-
-    @property
-    def in_peft(self) -> bool:
-        """Where adapter_config.json names one of PEFT's methods."""
-        return "peft_type" in self.file_config()
 
     @torch.no_grad()
     def merged(self) -> Iterator[tuple[str, Tensor]]:
@@ -208,10 +194,6 @@ class WeightAdapter(Adapter):
             keys.update({f"{peft_format.PREFIX}{name}.{leaf}": p for leaf, p in own})
         return keys | self.copy_keys()
 
-    def copy_keys(self) -> dict[str, nn.Parameter]:
-        """The part of `file_keys` that `train_also` adds, as PEFT names it."""
-        return file_keys(self.copies, peft_format.PREFIX)
-
     def file_config(self) -> dict[str, Any]:
         """adapter_config.json of a method that PEFT does not have: the settings themselves."""
         return own_settings(self.config)
@@ -219,18 +201,6 @@ class WeightAdapter(Adapter):
     def save(self, directory: Path) -> None:
         """Write adapter_config.json and adapter_model.safetensors."""
         peft_format.write(Path(directory), self.file_keys(), self.file_config())
-
-    def load(self, directory: Path) -> None:
-        """Fill the attached tensors from a directory that `save` (or PEFT) wrote.
-
-        Raises:
-            ModelError: for another method or other settings, or missing, unexpected or mis-shaped tensors.
-        """
-        directory = Path(directory)
-        saved = peft_format.read_config(directory)
-        peft_format.check_method(directory, saved, self.file_config())
-        self.check_settings(directory, saved)
-        self.fill(directory, self.from_file(saved, peft_format.read_tensors(directory)))
 
     def check_settings(self, directory: Path, saved: Mapping[str, Any]) -> None:
         """Refuse a file whose settings would make its tensors mean something else here.
@@ -244,23 +214,6 @@ class WeightAdapter(Adapter):
         for key, mine in self.file_config().items():
             if key not in ("dtype", "targets", "train_also") and saved.get(key) != mine:
                 raise ModelError(f"adapter {directory} has {key} {saved.get(key)!r}, but here it is {mine!r}")
-
-    def from_file(self, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of a file in today's layout; a method with more than one layout turns the others into it here."""
-        return tensors
-
-    @torch.no_grad()
-    def fill(self, directory: Path, tensors: Mapping[str, Tensor]) -> None:
-        """Copy tensors by file key into the attached parameters, after checking that they fit exactly."""
-        keys = self.file_keys()
-        peft_format.check_tensors(directory, {key: p.shape for key, p in keys.items()}, tensors)
-        first: dict[int, str] = {}
-        for key, parameter in keys.items():
-            other = first.setdefault(id(parameter), key)
-            if other != key and not torch.equal(tensors[other], tensors[key]):
-                raise peft_format.torn(directory, other, key)
-        for key, parameter in keys.items():
-            parameter.copy_(tensors[key])
 
 
 def choose(model: nn.Module, structure: Structure, config: WeightConfig) -> list[Projection]:

@@ -22,6 +22,8 @@ class TrainConfig:
         batch_size: rows (packed: sequences) in a micro-batch, on each process.
         grad_accumulation: micro-batches in a step.
         learning_rate: the peak; null is the adapter's own, see `AdapterConfig.learning_rate`.
+        head_step: how far an output of a head that was made for the task may move at one step, which gives its learning
+            rate; null leaves it at the rate of everything else.
         schedule: cosine | linear | constant, after the warm-up.
         warmup_ratio: share of all steps spent rising from 0 to the peak.
         max_grad_norm: gradients are scaled down to this norm; null never.
@@ -42,6 +44,7 @@ class TrainConfig:
     batch_size: int = 8
     grad_accumulation: int = 1
     learning_rate: float | None = None
+    head_step: float | None = 1.0
     schedule: str = "cosine"
     warmup_ratio: float = 0.03
     max_grad_norm: float | None = 1.0
@@ -77,7 +80,7 @@ class TrainConfig:
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ConfigError(f"train.{key} is {value}: expected at least 1")
-        for key in ("epochs", "learning_rate", "max_grad_norm"):
+        for key in ("epochs", "learning_rate", "head_step", "max_grad_norm"):
             value = getattr(self, key)
             if value is not None and not value > 0:
                 raise ConfigError(f"train.{key} is {value}: expected more than 0")

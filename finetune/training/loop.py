@@ -22,6 +22,7 @@ from finetune.errors import RunError
 from finetune.training import checkpoint, state
 from finetune.training.config import OPTIMIZERS, OptimConfig, TrainConfig
 from finetune.training.group import Group
+from finetune.training.head_rate import head_scales
 from finetune.training.held_out import HeldOut, seed_processes
 from finetune.training.mode import training_mode
 from finetune.training.optimizers.parameter_groups import grouped
@@ -35,6 +36,8 @@ from finetune.training.state import Live, LoopState
 from finetune.training.step import Stepper, StepResult
 from finetune.training.window import Plan, Window
 
+FIRST_ROWS = 8
+"""Rows that are looked at to see what a head is given."""
 LOSS_SCALE = 2.0**12
 """Where fp16's loss scale starts. torch's own 2^16 overflows on most models, and each halving costs a step."""
 
@@ -76,17 +79,18 @@ def train(
             the loss stays non-finite, or another process failed.
     """
     group = Group(accelerator)
-    config = replace(config, learning_rate=peak(config, adapter.config.learning_rate, model))
+    config = replace(config, learning_rate=peak(config, adapter.config, model))
     parameters = adapter.trainable()
-    learning = grouped(parameters, adapter.learning_rate_scales())
+    group.broadcast(parameters.values())
+    batches, masked = batch_maker(model, rows, packing=packing, pad_id=pad_id, device=group.device)
+    first = batches([[row] for row in range(min(len(rows), FIRST_ROWS))])
+    learning = grouped(parameters, adapter.learning_rate_scales() | head_scales(config, adapter, first))
     optimizer, note = OPTIMIZERS.build(optim, learning, config, group.device)
     scaler = torch.amp.GradScaler(group.device.type, init_scale=LOSS_SCALE, enabled=config.dtype == "fp16")
     live = Live(parameters, optimizer, scaler, group)
-    group.broadcast(parameters.values())
     seed_processes(seed, group)
     plan = Plan(rows, config, packing=packing, max_length=max_length, seed=seed, world=group.world, rank=group.rank)
     held_out = HeldOut(model, eval_rows, objective, group, batch_size=config.batch_size, pad_id=pad_id)
-    batches, masked = batch_maker(model, rows, packing=packing, pad_id=pad_id, device=group.device)
     stepper = Stepper(batches, objective, live, max_grad_norm=config.max_grad_norm)
     loop = _Loop(config, run, tracker, live, plan, stepper, held_out)
     for line in (note, objective.note, masked):

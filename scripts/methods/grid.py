@@ -22,13 +22,13 @@ RATES: dict[str, tuple[float, float, float]] = {
     "houlsby": (5e-4, 2e-3, 8e-3),
     "pfeiffer": (5e-4, 2e-3, 8e-3),
     "parallel": (5e-4, 2e-3, 8e-3),
-    "prompt_tuning": (1e-2, 3e-2, 1.2e-1),
-    "p_tuning": (7.5e-4, 3e-3, 1.2e-2),
-    "prefix": (5e-4, 2e-3, 8e-3),
-    "p_tuning_v2": (5e-4, 2e-3, 8e-3),
-    "prelayer": (7.5e-2, 3e-1, 1.2),
+    "prompt_tuning": (5e-2, 2e-1, 8e-1),
+    "p_tuning": (1e-3, 4e-3, 1.6e-2),
+    "prefix": (2.5e-4, 1e-3, 4e-3),
+    "p_tuning_v2": (2.5e-4, 1e-3, 4e-3),
+    "prelayer": (5e-2, 1e-1, 2e-1),
 }
-"""Three rates a method, about four times apart, for a base of hidden size 256; one without a line here takes LoRA's."""
+"""Three rates a method, two to four times apart, for a base of hidden size 256; without a line here, LoRA's."""
 LEFT_OUT = {"stack": "several methods at once", "layers": "whole blocks, for offsite-tuning"}
 """Registered, but no method of the table, and why."""
 EXTRA = {"bitfit": ("adapter.bias=all",)}

@@ -74,7 +74,7 @@ def _classes(name: str) -> Callable[[Path], dict[str, Rows]]:
             dev = _lines(folder / "sst2_dev.jsonl")
         else:  # CoLA's test labels are not public: the out-of-domain half of its development set is reported
             dev, test = _lines(folder / "cola_dev_in.jsonl"), _lines(folder / "cola_dev_out.jsonl")
-        found = {"train": _lines(folder / f"{name}_train.jsonl"), "dev": dev[:400], "test": test[:900]}
+        found = {"train": _lines(folder / f"{name}_train.jsonl"), "dev": dev[:200], "test": test[:600]}
         return {split: [{"text": row["text"], "label": row["label"]} for row in rows] for split, rows in found.items()}
 
     return read
@@ -89,12 +89,12 @@ TASKS = {
         False,
         "exact_match",
         "exact match",
-        240,
+        150,
         (*_TEXT, 'data.template="{question}\\nSQL:"'),
         _sql,
     ),
-    "sst2": Task("SST-2", True, "accuracy", "accuracy", 150, _ROWS, _classes("sst2")),
-    "cola": Task("CoLA", True, "matthews", "Matthews", 150, _ROWS, _classes("cola")),
+    "sst2": Task("SST-2", True, "accuracy", "accuracy", 100, _ROWS, _classes("sst2")),
+    "cola": Task("CoLA", True, "matthews", "Matthews", 100, _ROWS, _classes("cola")),
 }
 
 

@@ -103,7 +103,8 @@ def test_a_file_without_projection_and_other_shapes(tmp_path: Path) -> None:
     theirs.save_pretrained(str(tmp_path))
     model, adapter = prefixed("llama", moved=False, path=str(tmp_path))
     assert (said(model) - said(theirs)).abs().max() <= 2e-5
-    assert adapter.learning_rate_scales() == {"prompt_encoder.values": 50.0}
+    values = model.prompt_encoder.values.detach()
+    assert adapter.learning_rate_scales() == {"prompt_encoder.values": 50.0 * float(values.square().mean().sqrt())}
     with pytest.raises(ModelError, match="token_dim 32, but here it is 64"):
         attach(frozen("gpt2"), PrefixConfig(path=str(tmp_path)))
     with pytest.raises(ConfigError, match=r"prefix_length is 7, but the adapter .* has 5"):

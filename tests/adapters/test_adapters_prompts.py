@@ -197,7 +197,11 @@ def test_p_tuning_starts_as_the_tokens_that_its_network_is_added_to() -> None:
     assert torch.equal(encoder(), encoder.start)  # the network gives nothing yet
     rows = model.get_input_embeddings().weight
     assert all(bool((rows == row).all(-1).any()) for row in encoder.start)
-    assert adapter.learning_rate_scales() == {"prompt_encoder.start": 8.0}
+    scales, size = adapter.learning_rate_scales(), float(encoder.start.detach().square().mean().sqrt())
+    assert scales["prompt_encoder.start"] == 8.0 * size
+    last = f"prompt_encoder.mlp_head.{len(encoder.mlp_head) - 1}.weight"
+    assert scales[last] == size  # what is added moves by a share of what it is added to
+    assert {scale for name, scale in scales.items() if "lstm" in name} == {1.0}
     model(ids(), use_cache=False).logits.square().mean().backward()
     assert encoder.start.grad.any() and encoder.mlp_head[-1].weight.grad.any()
 

@@ -211,8 +211,11 @@ def test_parts_keep_their_rates_and_tokens() -> None:
     stack = attach(frozen("llama"), StackConfig(parts=[LoRAPlusConfig(rank=4), PrefixConfig(prefix_length=3)]))
     scales = stack.learning_rate_scales()
     assert set(scales) <= set(stack.trainable())
+    usual = StackConfig().learning_rate
     fast = {name for name in stack.trainable() if name.endswith("lora_B.weight")}
-    assert fast == {name for name, scale in scales.items() if scale == 16.0}
+    assert {scales[name] for name in fast} == {16.0 * LoRAPlusConfig().learning_rate / usual}
+    prefix = stack.members["prefix"].learning_rate_scales()["prompt_encoder.start"]
+    assert scales["prompt_encoder.start"] == prefix * PrefixConfig().learning_rate / usual
     assert stack.virtual_tokens == 3
     assert not stack.starts_as_base
 

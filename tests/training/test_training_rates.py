@@ -10,6 +10,7 @@ import yaml
 
 from finetune.adapters.base import ADAPTERS
 from finetune.adapters.lora import LoRAConfig
+from finetune.adapters.prompt_tuning import PromptTuningConfig
 from finetune.errors import ConfigError
 from finetune.training.config import TrainConfig
 from finetune.training.schedule import peak
@@ -27,7 +28,12 @@ def base(hidden: int | None) -> SimpleNamespace:
     [(None, 256, 2e-3), (None, 128, 2e-3), (None, 4096, 1.25e-4), (None, None, 2e-3), (3e-4, 4096, 3e-4)],
 )
 def test_the_peak(set_to: float | None, hidden: int | None, expected: float) -> None:
-    assert peak(TrainConfig(learning_rate=set_to), 2e-3, base(hidden)) == pytest.approx(expected)
+    method = LoRAConfig(learning_rate=2e-3)
+    assert peak(TrainConfig(learning_rate=set_to), method, base(hidden)) == pytest.approx(expected)
+
+
+def test_what_is_a_share_of_the_base_is_so_on_every_width() -> None:
+    assert peak(TrainConfig(), PromptTuningConfig(learning_rate=0.2), base(4096)) == 0.2
 
 
 @pytest.mark.parametrize("method", sorted(ADAPTERS.types()))
