@@ -220,6 +220,8 @@ class InputAdapter(AttachedAdapter):
             ConfigError: where it was attached fresh, with an encoder that the file does not hold.
         """
         if not isinstance(self.encoder, Materialised):
+            shapes = {EMBEDDINGS: self.saved_shape()} | {key: tuple(p.shape) for key, p in self.copy_keys().items()}
+            peft_format.check_tensors(directory, shapes, tensors)
             raise ConfigError(
                 f"a fresh adapter={self.config.name} has an encoder that {directory} does not hold: set adapter.path"
             )
