@@ -25,8 +25,8 @@ REFERENCE = grid.OURS
 INTRODUCTION = (
     "Each run is on one CPU thread: {text} steps on the embedded base (E2E, WikiSQL), {classes} on"
     " all-MiniLM-L6-v2 (SST-2, CoLA), at the method's own learning rate and the rest at its defaults (bitfit:"
-    " bias=all). The rate is the best of three, {tries} steps each, on development rows of E2E and SST-2. What"
-    " is shown is of test rows: mean ± largest distance from it over three seeds on NF4, one seed elsewhere."
+    " bias=all). The rate is the best of three on development rows of E2E and SST-2, {tries} steps each. What is"
+    " shown is of test rows: mean ± largest distance from it over three seeds on NF4, one seed elsewhere."
     " *Of LoRA's* is the fall of the development loss as a share of LoRA's. Memory is the peak above the"
     " imports, seconds are of the CPU in training, both of NF4. `peft_lora` is PEFT's own, at LoRA's rank and"
     " PEFT's other defaults in the same loop, on the dense base, three seeds; `qa_lora` stands on int4 and"
@@ -37,7 +37,7 @@ INTRODUCTION = (
 def section(rows: list[dict[str, Any]], names: list[str]) -> str:
     """What stands between the markers."""
     steps = {"text": TASKS["e2e"].steps, "classes": TASKS["sst2"].steps}
-    lines = [INTRODUCTION.format(**steps, tries=grid.SEARCH_STEPS), ""]
+    lines = [INTRODUCTION.format(**steps, tries=" and ".join(map(str, grid.SEARCHED.values()))), ""]
     for name, task in TASKS.items():
         lines += [*_table(name, task, rows, names), ""]
     return "\n".join(lines)

@@ -47,7 +47,7 @@ def test_every_method_gets_the_same_search() -> None:
     assert set(names) | set(grid.LEFT_OUT) == {*ADAPTERS.types(), grid.PEFT}
     jobs = grid.searches("e2e", names)
     assert len({grid.key(job) for job in jobs}) == len(jobs) == 3 * len(names)
-    assert {job["steps"] for job in jobs} == {grid.SEARCH_STEPS}
+    assert {job["steps"] for job in jobs} == {grid.SEARCHED["e2e"]}
     assert all(low < middle < high for low, middle, high in grid.RATES.values())
 
 

@@ -33,9 +33,8 @@ LEFT_OUT = {"stack": "several methods at once", "layers": "whole blocks, for off
 """Registered, but no method of the table, and why."""
 EXTRA = {"bitfit": ("adapter.bias=all",)}
 """What a method needs besides its defaults on the bases here: the embedded one has no biases."""
-SEARCHED = ("e2e", "sst2")
-"""Tasks that a rate is chosen on, by the loss of their development rows."""
-SEARCH_STEPS = 60
+SEARCHED = {"e2e": 60, "sst2": 100}
+"""Tasks that a rate is chosen on, by the loss of their development rows, and the steps of such a run."""
 PEFT, OURS = "peft_lora", "lora"
 """PEFT's LoRA, on the dense base alone, and what it is compared with there."""
 COLUMNS = ("nf4", "none", "int8")
@@ -79,7 +78,7 @@ def rates(method: str) -> tuple[float, ...]:
 
 def searches(task: str, names: list[str]) -> list[Job]:
     """The runs that a rate is chosen by: the same number for every method."""
-    common = {"phase": "search", "task": task, "steps": SEARCH_STEPS}
+    common = {"phase": "search", "task": task, "steps": SEARCHED[task]}
     return [
         {**common, "method": name, "quant": cells(name)[0][0], "seed": 0, "learning_rate": rates(name)[place]}
         for place in (1, 0, 2)
