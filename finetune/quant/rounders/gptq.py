@@ -12,6 +12,7 @@ Shape suffixes: O out features, I in features.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -69,12 +70,9 @@ class GPTQ(Rounder):
         return module.fit_clipped(weight) if self.config.mse else module.fit(weight)
 
     def choose(self, grid: Grid, w_OI: Tensor, gram_II: Tensor) -> Choice | None:
-        diagonal_I = gram_II.diagonal()
-        alive_I = diagonal_I > 0
-        if not alive_I.any():
+        if not bool((gram_II.diagonal() > 0).any()):
             return None
-        # Any positive curvature leaves the column of a dead input to be rounded; this one is neutral to the damping.
-        gram_II = gram_II + torch.diag((~alive_I).float() * diagonal_I[alive_I].mean())
+        gram_II = alive(gram_II)
         order_I = torch.arange(len(gram_II), device=gram_II.device)
         if self.config.act_order:
             order_I = gram_II.diagonal().argsort(descending=True, stable=True)
@@ -85,6 +83,18 @@ class GPTQ(Rounder):
             )
         note = f"H needed damping {damping:g}" if damping != self.config.damping else ""
         return Choice(_codes(grid, w_OI, factor_II, order_I), damping, note)
+
+
+def alive(gram_II: Tensor) -> Tensor:
+    """H with a curvature for inputs that were zero in all samples: any that is positive leaves their columns to be
+    rounded alone; the mean of the others is neutral to the damping.
+
+    Args:
+        gram_II: not all zero.
+    """
+    diagonal_I = gram_II.diagonal()
+    alive_I = diagonal_I > 0
+    return gram_II + torch.diag((~alive_I).float() * diagonal_I[alive_I].mean())
 
 
 def inverse_factor(gram_II: Tensor, damping: float) -> tuple[Tensor | None, float]:
@@ -107,19 +117,37 @@ def inverse_factor(gram_II: Tensor, damping: float) -> tuple[Tensor | None, floa
 
 
 def _codes(grid: Grid, w_OI: Tensor, factor_II: Tensor, order_I: Tensor) -> Tensor:
-    """Code after code in the given order of columns, each one's error spread over the columns still to come."""
+    """Code after code in the given order of columns."""
     order = order_I.tolist()
     w_IO = w_OI[:, order_I].T.contiguous()  # a column, which is what is read and written here, then lies in one piece
     codes: list[Tensor] = [w_IO] * len(order)
+
+    def settle(place: int) -> Tensor:
+        column = order[place]
+        codes[column] = grid.round_columns(w_IO[place].unsqueeze(1), column)
+        return grid.decode(codes[column], column).squeeze(1)
+
+    sweep(w_IO, factor_II, settle)
+    return torch.cat(codes, dim=1)
+
+
+def sweep(w_IO: Tensor, factor_II: Tensor, settle: Callable[[int], Tensor], columns: int = COLUMNS) -> None:
+    """Settle column after column, in place, each one's error spread over the columns still to come (section 3.2).
+
+    Args:
+        w_IO: float32, a column of the weight in each row; holds what was settled afterwards.
+        factor_II: upper Cholesky factor of the inverse of H.
+        settle: told a place, it reads what `w_IO` has there by now, and says what becomes of it, float32 [O].
+        columns: how many are corrected one by one; at each multiple of it, all of `w_IO` is up to date.
+    """
     inverse_I = factor_II.diagonal().reciprocal()
-    for start in range(0, len(order), COLUMNS):
-        end = min(start + COLUMNS, len(order))
+    for start in range(0, len(w_IO), columns):
+        end = min(start + columns, len(w_IO))
         errors = torch.empty_like(w_IO[start:end])
         for place in range(start, end):
-            value_O1, column = w_IO[place].unsqueeze(1), order[place]
-            codes[column] = grid.round_columns(value_O1, column)
-            error_O = (value_O1 - grid.decode(codes[column], column)).squeeze(1) * inverse_I[place]
+            settled_O = settle(place)
+            error_O = (w_IO[place] - settled_O) * inverse_I[place]
+            w_IO[place] = settled_O
             w_IO[place + 1 : end].addr_(factor_II[place, place + 1 : end], error_O, alpha=-1)
             errors[place - start] = error_O
         w_IO[end:].addmm_(factor_II[start:end, end:].T, errors, alpha=-1)
-    return torch.cat(codes, dim=1)
