@@ -22,6 +22,7 @@ from finetune.quant.packed import PackedWeight
 from finetune.quant.replay import Batch, inputs_of, reading_alike, record, run, watching
 from finetune.quant.rounders.base import Rounder, apply
 from finetune.quant.rounders.rtn import RTN
+from finetune.quant.transforms.base import Transform
 from finetune.structure.base import Projection, Structure
 
 
@@ -67,6 +68,7 @@ class Driver:
         rounder: chooses the codes.
         batches: calibration data; no row padded. Empty rounds to nearest whatever the inputs.
         progress, prepare: see there.
+        transform: changes each block before it is quantized; needs `batches`.
     """
 
     def __init__(
@@ -78,9 +80,10 @@ class Driver:
         batches: Sequence[Batch] = (),
         progress: Progress = lambda layer, done, of: None,
         prepare: Prepare = lambda module: None,
+        transform: Transform | None = None,
     ) -> None:
         self.model, self.structure, self.quant, self.rounder = model, structure, quant, rounder
-        self.batches, self.progress, self.prepare = batches, progress, prepare
+        self.batches, self.progress, self.prepare, self.transform = batches, progress, prepare, transform
         self.todo = [p for p in structure.projections if not p.dense]
         self.layers: list[Layer] = []
 
@@ -125,6 +128,8 @@ class Driver:
 
     def _block(self, projections: list[Projection], forward: Callable[[], Iterator[Tensor]]) -> None:
         """The projections of one block, group after group of those that read the same."""
+        if self.transform is not None and projections:
+            self.transform.block(self, projections, forward)
         by_name = {p.name: p for p in projections}
         groups = [
             [by_name[n] for n in names] for names in reading_alike(self.model, projections, lambda: next(forward()))
@@ -166,6 +171,8 @@ class Driver:
         frozen = empty_frozen(self.quant, p, dense, dtype=weight.dtype, device=weight.device)
         assert isinstance(frozen, PackedWeight) and isinstance(frozen, FrozenLinear | FrozenExperts)
         self.prepare(frozen)
+        if isinstance(frozen, FrozenLinear):
+            frozen.see_inputs(grams[0].largest if grams and grams[0] is not None else None)
         matrices = [None if gram is None else gram.matrix_II for gram in grams]
         result = apply(self.rounder if grams else RTN(), frozen, dense.dequantize(weight.dtype), matrices)
         parent, _, leaf = p.name.rpartition(".")

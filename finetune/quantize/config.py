@@ -13,6 +13,8 @@ from finetune.quant.base import QuantConfig
 from finetune.quant.dense import DenseConfig
 from finetune.quant.keep import KeepConfig
 from finetune.quant.rounders.base import CalibratorConfig
+from finetune.quant.transforms.base import TransformConfig
+from finetune.quant.transforms.none import NoTransformConfig
 
 DTYPES = ("auto", "bf16", "fp16", "fp32")
 
@@ -82,6 +84,7 @@ class QuantizeConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     quant: QuantConfig = field(default_factory=QuantConfig)
     calibrator: CalibratorConfig = field(default_factory=CalibratorConfig)
+    transform: TransformConfig = field(default_factory=NoTransformConfig)
     data: CalibrationConfig = field(default_factory=CalibrationConfig)
 
     def __post_init__(self) -> None:
@@ -97,6 +100,10 @@ class QuantizeConfig:
         if self.calibrator.needs_inputs and self.data.calibration is None:
             raise ConfigError(
                 f"calibrator={self.calibrator.name} looks at inputs: set data.calibration=FILE, or calibrator=rtn"
+            )
+        if self.transform.needs_inputs and self.data.calibration is None:
+            raise ConfigError(
+                f"transform={self.transform.name} looks at inputs: set data.calibration=FILE, or transform=none"
             )
 
     def target(self) -> Path:

@@ -16,6 +16,7 @@ from finetune.model.check import check_path, read_json
 from finetune.model.headers import Header, usual_dtype
 from finetune.quant.packed import PackedWeight
 from finetune.quant.rounders.base import CALIBRATORS
+from finetune.quant.transforms.base import TRANSFORMS
 from finetune.quantize.config import QuantizeConfig
 from finetune.quantize.text import batches_of, check_text, read_text
 
@@ -77,7 +78,8 @@ def _make(config: QuantizeConfig, headers: list[Header], work: Path) -> dict[str
     batches = [{k: v.to(device) if hasattr(v, "to") else v for k, v in b.items()} for b in batches_of(text.calibration)]
     with Progress() as progress:
         rounder = CALIBRATORS.build(config.calibrator)
-        layers = Driver(model, structure, config.quant, rounder, batches, progress.layer, prepare).go()
+        transform = TRANSFORMS.build(config.transform)
+        layers = Driver(model, structure, config.quant, rounder, batches, progress.layer, prepare, transform).go()
     quality = reference.compare(model) if reference is not None else None
     source = ExportSource(
         model=model,
@@ -95,6 +97,7 @@ def _make(config: QuantizeConfig, headers: list[Header], work: Path) -> dict[str
         "base": loaded.digests["base"],
         "quant": asdict(config.quant),
         "calibrator": asdict(config.calibrator),
+        "transform": asdict(config.transform) | ({} if transform is None else asdict(transform.summary)),
         "calibration_tokens": sum(map(len, text.calibration)),
         "seconds": round(time.perf_counter() - begun, 3),
         "read_by": read_by,
