@@ -55,10 +55,14 @@ def run_job(config: RunConfig, tree: DictConfig, overrides: list[str]) -> Outcom
         return Runner(config, tree, accelerator, run).go()
 
 
+WORSE = "the base does better on these rows; train for fewer steps, evaluate more often, or learn more slowly"
+
+
 def improvement(result: Any, unit: str) -> str:
     """What the training has changed of the held-out loss, and of what else was measured, in a line."""
     fall = 1 - result.best_eval / result.first_eval
-    text = f"held-out loss {result.first_eval:.4f} -> {result.best_eval:.4f} {unit} ({fall:.1%} lower)"
+    change = f"{fall:.1%} lower" if fall >= 0 else f"{-fall:.1%} higher: {WORSE}"
+    text = f"held-out loss {result.first_eval:.4f} -> {result.best_eval:.4f} {unit} ({change})"
     for name, best in result.best_metrics.items():
         first = result.first_metrics.get(name)
         if first is not None and best is not None:

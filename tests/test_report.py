@@ -6,10 +6,12 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from finetune.pipeline import improvement
 from finetune.report import tick_label, ticks, write_report
 from finetune.samples import write_samples
 
@@ -131,3 +133,12 @@ def test_ticks_are_round_and_around() -> None:
 )
 def test_tick_labels_tell_neighbours_apart(values: list[float], labels: list[str]) -> None:
     assert [tick_label(value, values) for value in values] == labels
+
+
+@pytest.mark.parametrize(
+    ("last", "said"),
+    [(1.5, "2.0000 -> 1.5000 nats a token (25.0% lower)"), (3.0, "2.0000 -> 3.0000 nats a token (50.0% higher: the")],
+)
+def test_the_last_line_says_which_way_the_loss_went(last: float, said: str) -> None:
+    result = SimpleNamespace(first_eval=2.0, best_eval=last, first_metrics={}, best_metrics={})
+    assert said in improvement(result, "nats a token")
