@@ -1,4 +1,4 @@
-"""The compiled kernels of LLM.int8(): `finetune::llm_int8` on a CPU, with the same bits as the reference.
+"""The compiled kernels of int8 products: `finetune::llm_int8` and `int8_product` on a CPU, with the reference's bits.
 
 Shape suffixes: M rows of the input, O out features, I in features.
 """
@@ -85,7 +85,7 @@ def product(codes_MI: Tensor, codes_OI: Tensor, otherwise: Callable[[Tensor, Ten
 def serve(
     reference: Callable[..., Tensor], exact_product: Callable[[Tensor, Tensor], Tensor], outliers: Outliers
 ) -> None:
-    """Register `llm_int8` for the CPU, where the library is.
+    """Register `llm_int8` and `int8_product` for the CPU, where the library is.
 
     Args:
         reference: the operator in plain torch, for dtypes that the library does not serve.
@@ -93,6 +93,10 @@ def serve(
     """
     if native.library() is None:
         return
+
+    @torch.library.impl("finetune::int8_product", "cpu")
+    def codes_by_codes(codes_m: Tensor, codes_o: Tensor) -> Tensor:
+        return product(codes_m.contiguous(), codes_o.contiguous(), exact_product)
 
     @torch.library.impl("finetune::llm_int8", "cpu")
     def llm_int8(x: Tensor, bias: Tensor | None, codes: Tensor, absmax: Tensor, threshold: float) -> Tensor:

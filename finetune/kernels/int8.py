@@ -8,6 +8,7 @@ product are those of bitsandbytes 0.50.2, bit for bit; the product's scale is 1/
 typo that is 1.8e-5 too large).
 
 - `finetune::dequantize_int8`, `linear_int8`, `input_gradient_int8` (products.py): the input stays in 16 bits.
+- `finetune::int8_product`: codes by codes, exact in int32.
 - `finetune::llm_int8`: the input is rounded to int8 as well, row by row, except for the columns in which some value
   reaches a threshold; those are multiplied in the dtype of the input. Its gradient is straight-through: grad @ w.
 """
@@ -117,6 +118,15 @@ def linear_int8(
 
 
 library.define(f"dequantize_int8({_STORAGE}, SymInt[] shape, ScalarType dtype) -> Tensor")
+library.define("int8_product(Tensor codes_m, Tensor codes_o) -> Tensor")
+torch.library.impl("finetune::int8_product", "default")(product)
+
+
+@torch.library.register_fake("finetune::int8_product")
+def _product_fake(codes_m: Tensor, codes_o: Tensor) -> Tensor:
+    return codes_m.new_empty(codes_m.shape[0], codes_o.shape[0], dtype=torch.int32)
+
+
 library.define(f"llm_int8(Tensor x, Tensor? bias, {_STORAGE}, float threshold) -> Tensor")
 
 
@@ -223,3 +233,4 @@ cpu_int8.serve(reference_llm_int8, product, outlier_part)
 for _operator in ("dequantize", "linear", "input_gradient"):
     triton_backend.register(f"{_operator}_int8", "triton_int8", _operator)
 triton_backend.register("llm_int8", "triton_int8", "llm_int8")
+triton_backend.register("int8_product", "triton_int8", "integer_product")

@@ -256,6 +256,7 @@ def context_length(model: ModelConfig) -> int:
 
 def _settings(quant: QuantConfig, stored: QuantConfig | None, where: str) -> QuantConfig:
     """The storage settings in force: what was asked, or what the checkpoint has where that is asked or agrees."""
+    from finetune.errors import ConfigError
     from finetune.model.stored import agree
     from finetune.quant.dense import DenseConfig
     from finetune.quant.keep import KeepConfig
@@ -264,4 +265,9 @@ def _settings(quant: QuantConfig, stored: QuantConfig | None, where: str) -> Qua
         return stored if stored is not None else DenseConfig()
     if stored is not None:
         agree(quant, stored, where)
+    elif quant.needs_inputs:
+        raise ConfigError(
+            f"quant={quant.name} with quant.static=true has no scales for inputs in {where}: make them with `finetune"
+            " quantize` and data.calibration=FILE, or set quant.static=false"
+        )
     return quant

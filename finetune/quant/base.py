@@ -32,6 +32,11 @@ class QuantConfig:
 
     name: str = "base"
 
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether a dense weight cannot be stored so before calibration has seen what it multiplies."""
+        return False
+
 
 QUANTIZERS: Registry[QuantConfig] = Registry("quant", "finetune.quant")
 """`QUANTIZERS.build(config, out_features, in_features, bias=..., dtype=..., device=...)` returns an empty

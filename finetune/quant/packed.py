@@ -73,6 +73,13 @@ class PackedWeight(FrozenWeight):
     def take(self, grid: Grid, codes: Tensor) -> None:
         """Hold codes of a grid that `fit` gave, in the layout of the codes, [.., O, I], in its dtype for them."""
 
+    def see_inputs(self, largest: Tensor | None) -> None:
+        """Told before it is filled what calibration saw of its inputs: their largest magnitude, None without any.
+
+        Raises:
+            ModelError: where the format cannot do without.
+        """
+
     @abstractmethod
     def decode(self, dtype: torch.dtype) -> Tensor:
         """The weight in the layout of the codes."""

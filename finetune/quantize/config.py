@@ -97,6 +97,10 @@ class QuantizeConfig:
         if isinstance(self.quant, DenseConfig | KeepConfig):
             raise ConfigError(f"quant={self.quant.name} stores nothing in fewer bits: expected nf4, int4, int8, ...")
         self.calibrator.check_format(self.quant)
+        if self.quant.needs_inputs and self.data.calibration is None:
+            raise ConfigError(
+                f"quant={self.quant.name} looks at inputs with quant.static=true: set data.calibration=FILE"
+            )
         if self.calibrator.needs_inputs and self.data.calibration is None:
             raise ConfigError(
                 f"calibrator={self.calibrator.name} looks at inputs: set data.calibration=FILE, or calibrator=rtn"

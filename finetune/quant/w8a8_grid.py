@@ -1,0 +1,48 @@
+"""The grid of symmetric integers under one scale a row or one for the whole weight.
+
+Shape suffixes: O out features (or any leading dimensions), I in features, C a run of columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from finetune.kernels import w8a8
+
+LOSS = 2.0**-8
+"""Relative error of a scale in 16 bits that is borne: 127 steps of it are off by less than half a step."""
+
+
+@dataclass(frozen=True)
+class W8A8Grid:
+    """Where the codes of a weight lie.
+
+    Attributes:
+        scale: float32, [.., O, 1] or [.., 1, 1]; for one matrix under one scale [1].
+        bits: of a code.
+    """
+
+    scale: Tensor
+    bits: int
+
+    def expert(self, number: int) -> Self:
+        """The scales of one expert."""
+        return type(self)(self.scale[number], self.bits)
+
+    def round_columns(self, w_OC: Tensor, first: int) -> Tensor:
+        """The nearest codes, int8; half way, the even one."""
+        return w8a8.round_to(w_OC, self.scale, w8a8.levels(self.bits))
+
+    def decode(self, codes_OC: Tensor, first: int = 0) -> Tensor:
+        """`code * scale` in float32."""
+        return w8a8.decode(codes_OC, self.scale)
+
+
+def survivable(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """float32 scales that `dtype` holds exactly where it comes near: other libraries hold scales in a model's dtype."""
+    near = scale.to(dtype).float()
+    return torch.where((near - scale).abs() <= LOSS * scale, near, scale)

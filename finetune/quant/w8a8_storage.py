@@ -1,0 +1,184 @@
+"""What frozen modules in w8a8 and w6a6 have in common: settings, storage, state dict in compressed-tensors' keys.
+
+Shape suffixes: O out features, I in features, E experts.
+
+Keys on disk, relative to a module: `weight` (int8 [.., O, I]; codes of 6 bits take 8 there as well), `weight_scale`
+(float32 [.., O, 1] by channel; [1], or [E, 1, 1] of experts, by tensor), and where inputs have a static scale
+`input_scale` (float32 [1]): compressed-tensors' `int-quantized` layout (compressed-tensors 0.20,
+compressors/naive_quantized). Stacks of experts have the same keys; compressed-tensors has no such module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from finetune.errors import ConfigError, ModelError
+from finetune.kernels import w8a8
+from finetune.kernels.operand import Operand
+from finetune.quant.base import QUANTIZERS, QuantConfig
+from finetune.quant.grid import Grid
+from finetune.quant.packed import PackedWeight
+from finetune.quant.w8a8_grid import W8A8Grid, survivable
+
+BITS = {"w8a8": 8, "w6a6": 6}
+CHUNK = 1 << 22
+"""Weights that are encoded at a time: what bounds the temporaries."""
+LEAST_MAGNITUDE = 1e-5
+"""What the largest magnitude of an input is taken for at least where it is to last: it may be zero in calibration."""
+
+
+@dataclass
+class IntegerConfig(QuantConfig):
+    """Settings that w8a8 and w6a6 share; their names say how many bits a code has.
+
+    SmoothQuant (Xiao et al. 2022, arXiv:2211.10438), table 2: O1 is weights=tensor activations=token, O2
+    weights=tensor activations=tensor, O3 that and static=true.
+
+    Attributes:
+        weights: channel | tensor: what shares a scale, the inputs of one output or the whole matrix.
+        activations: token | tensor: the same of inputs, one row or all rows of a call.
+        static: one scale for all inputs of a layer, of the largest one in calibration; inputs beyond it are clipped.
+        head: quantize the output head as well; a head tied to the embeddings cannot be.
+    """
+
+    at_will: ClassVar[tuple[str, ...]] = ("activations",)
+
+    weights: str = "channel"
+    activations: str = "token"
+    static: bool = False
+    head: bool = False
+
+    def __post_init__(self) -> None:
+        if self.weights not in ("channel", "tensor"):
+            raise ConfigError(f"quant.weights is {self.weights}: expected channel or tensor")
+        if self.activations not in ("token", "tensor"):
+            raise ConfigError(f"quant.activations is {self.activations}: expected token or tensor")
+        if self.static and self.activations == "token":
+            raise ConfigError("quant.static=true fixes one scale for all tokens: expected quant.activations=tensor")
+        if self.static and self.head:
+            raise ConfigError("quant.static=true with quant.head=true: the head is not calibrated, expected head=false")
+
+    @property
+    def bits(self) -> int:
+        """Of a code."""
+        return BITS[self.name]
+
+    @property
+    def needs_inputs(self) -> bool:
+        """A static scale is that of inputs seen in calibration."""
+        return self.static
+
+
+class Integer(PackedWeight):
+    """Storage common to the linear and the experts.
+
+    Attributes:
+        weight: int8 [.., O, I].
+        weight_scale: float32 [.., O, 1], or one for the matrix ([1]) or for each expert ([E, 1, 1]).
+        input_scale: float32 [1] once a static scale is known; else None.
+        inputs: token | tensor | static: how inputs are rounded.
+    """
+
+    stored = ("weight", "weight_scale", "input_scale")
+    weight: nn.Parameter
+    weight_scale: nn.Parameter
+    input_scale: nn.Parameter | None
+
+    def __init__(self, config: IntegerConfig, shape: tuple[int, ...], dtype: torch.dtype, device: Any = None) -> None:
+        super().__init__(shape, dtype)
+        self.storage, self.bits = config.name, config.bits
+        self.by_tensor = config.weights == "tensor"
+        self.inputs = "static" if config.static else config.activations
+        codes = torch.zeros(shape, dtype=torch.int8, device=device)
+        self.hold([codes, torch.zeros(self._scale_shape(), dtype=torch.float32, device=device), None])
+
+    def _scale_shape(self) -> tuple[int, ...]:
+        """Of `weight_scale`."""
+        if self.by_tensor:
+            return (*self.shape[:-2], 1, 1) if len(self.shape) > 2 else (1,)
+        return (*self.shape[:-1], 1)
+
+    def encode(self, weight: Tensor) -> Sequence[Tensor | None]:
+        grid, step = self.fit(weight), max(1, CHUNK // self.in_features)
+        rows = weight.reshape(-1, self.in_features).split(step)
+        scales = grid.scale.expand(*self.shape[:-1], 1).reshape(-1, 1).split(step)
+        codes = [W8A8Grid(scale, self.bits).round_columns(part, 0) for part, scale in zip(rows, scales, strict=True)]
+        return [torch.cat(codes).view(self.shape), grid.scale, self.input_scale]
+
+    def fit(self, weight: Tensor) -> W8A8Grid:
+        within = (-2, -1) if self.by_tensor else -1
+        largest = torch.maximum(weight.amax(within), -weight.amin(within)).float().view(self._scale_shape())
+        if not largest.isfinite().all():
+            raise self._not_finite()
+        return W8A8Grid(survivable(largest / w8a8.levels(self.bits), self.dtype), self.bits)
+
+    def take(self, grid: Grid, codes: Tensor) -> None:
+        assert isinstance(grid, W8A8Grid)
+        self.hold([codes, grid.scale, self.input_scale])
+
+    def decode(self, dtype: torch.dtype) -> Tensor:
+        return w8a8.dequantize_w8a8(self.weight, self.weight_scale, list(self.shape), dtype)
+
+    def as_operand(self, codes_OI: Tensor, scale: Tensor, inputs: str) -> Operand:
+        """Stored tensors of one matrix as operators take them.
+
+        Args:
+            inputs: token | tensor | static | none: how the inputs of this product are rounded.
+        """
+        fixed = [self.input_scale] if inputs == "static" and self.input_scale is not None else []
+        return Operand([codes_OI, scale, *fixed], f"w8a8:{self.bits}:{inputs}", self.out_features, self.in_features)
+
+    @contextmanager
+    def uncoupled(self) -> Iterator[None]:
+        """By token: the largest input of a call decides how all its rows are rounded."""
+        inputs, self.inputs = self.inputs, "token"
+        try:
+            yield
+        finally:
+            self.inputs = inputs
+
+    def settings(self) -> IntegerConfig:
+        kind: Any = QUANTIZERS.type_of(self.storage)
+        static = self.inputs == "static"
+        return kind(
+            weights="tensor" if self.by_tensor else "channel",
+            activations="tensor" if static else self.inputs,
+            static=static,
+        )
+
+    def packed_state(self) -> dict[str, Tensor]:
+        held = ((name, self._parameters[name]) for name in self.stored)
+        return {name: tensor.detach() for name, tensor in held if tensor is not None}
+
+    def take_state(self, state: dict[str, Tensor], name: str = "") -> None:
+        device = state["weight"].device if self.weight.is_meta and "weight" in state else self.weight.device
+
+        def tensor(key: str, shape: tuple[int, ...], *kinds: torch.dtype) -> Tensor:
+            if key not in state:
+                raise ModelError(f"{name}{key} is missing from the checkpoint")
+            value = state[key].detach().to(device)
+            if tuple(value.shape) != shape or value.dtype not in kinds:
+                found, wanted = f"{list(value.shape)} {value.dtype}", f"{list(shape)} {kinds[0]}"
+                raise ModelError(f"{name}{key} is {found}, expected {wanted}")
+            return value
+
+        floats = (torch.float32, torch.bfloat16, torch.float16)
+        codes = tensor("weight", self.shape, torch.int8)
+        scale = tensor("weight_scale", self._scale_shape(), *floats).float()
+        static = tensor("input_scale", (1,), *floats).float() if self._holds_input_scale() else None
+        if static is None and "input_scale" in state:
+            raise ModelError(f"{name}input_scale is in the checkpoint, but the settings say {self.inputs} scales")
+        self.hold([codes, scale, static])
+
+    def _holds_input_scale(self) -> bool:
+        """Whether a scale for inputs belongs to the state."""
+        return self.inputs == "static"
+
+    def _is_key(self, key: str) -> bool:
+        return key in self.stored
