@@ -14,11 +14,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from finetune.quant.base import FrozenExperts, FrozenLinear, QuantConfig
+from finetune.quant.base import FrozenLinear, QuantConfig
 from finetune.quant.dense import DenseConfig, DenseExperts, DenseLinear
 from finetune.quant.freeze import empty_frozen, freeze
 from finetune.quant.gram import Gram
 from finetune.quant.packed import PackedWeight
+from finetune.quant.pruners.apply import prune
+from finetune.quant.pruners.base import Pruner
 from finetune.quant.replay import Batch, inputs_of, reading_alike, record, run, watching
 from finetune.quant.rounders.base import Rounder, apply
 from finetune.quant.rounders.rtn import RTN
@@ -32,13 +34,14 @@ class Layer:
 
     Attributes:
         name: of the module, or of the 3-D parameter of experts.
-        error_rtn, error: as in `rounders.base.Rounded`.
+        error_rtn, error: as in `rounders.base.Rounded`; with a pruner, as in `pruners.apply.Outcome`.
         damping: as there; None where rounding to nearest was kept.
         bits_per_weight: of its storage.
         samples: inputs that it was calibrated on, of all its experts together; 0 without calibration.
         unseen: experts that saw none of them.
         seconds: that its codes took.
         note: what the user should know, empty for nothing.
+        sparsity: share of the stored weights that are exactly zero; None without a pruner.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Layer:
     unseen: int
     seconds: float
     note: str
+    sparsity: float | None = None
 
 
 Progress = Callable[[Layer, int, int], None]
@@ -69,6 +73,7 @@ class Driver:
         batches: calibration data; no row padded. Empty rounds to nearest whatever the inputs.
         progress, prepare: see there.
         transform: changes each block before it is quantized; needs `batches`.
+        pruner: sets weights to zero before, or while, codes are chosen.
     """
 
     def __init__(
@@ -81,9 +86,11 @@ class Driver:
         progress: Progress = lambda layer, done, of: None,
         prepare: Prepare = lambda module: None,
         transform: Transform | None = None,
+        pruner: Pruner | None = None,
     ) -> None:
         self.model, self.structure, self.quant, self.rounder = model, structure, quant, rounder
         self.batches, self.progress, self.prepare, self.transform = batches, progress, prepare, transform
+        self.pruner = pruner
         self.todo = [p for p in structure.projections if not p.dense]
         self.layers: list[Layer] = []
 
@@ -169,12 +176,18 @@ class Driver:
         assert isinstance(dense, DenseLinear | DenseExperts)
         weight = dense.weight
         frozen = empty_frozen(self.quant, p, dense, dtype=weight.dtype, device=weight.device)
-        assert isinstance(frozen, PackedWeight) and isinstance(frozen, FrozenLinear | FrozenExperts)
-        self.prepare(frozen)
-        if isinstance(frozen, FrozenLinear):
-            frozen.see_inputs(grams[0].largest if grams and grams[0] is not None else None)
+        if isinstance(frozen, PackedWeight):
+            self.prepare(frozen)
+            if isinstance(frozen, FrozenLinear):
+                frozen.see_inputs(grams[0].largest if grams and grams[0] is not None else None)
         matrices = [None if gram is None else gram.matrix_II for gram in grams]
-        result = apply(self.rounder if grams else RTN(), frozen, dense.dequantize(weight.dtype), matrices)
+        rounder, w, sparsity = self.rounder if grams else RTN(), dense.dequantize(weight.dtype), None
+        if self.pruner is not None:
+            outcome = prune(self.pruner, rounder, frozen, w, matrices)
+            result, sparsity = outcome.rounded, outcome.sparsity
+        else:
+            assert isinstance(frozen, PackedWeight)
+            result = apply(rounder, frozen, w, matrices)
         parent, _, leaf = p.name.rpartition(".")
         setattr(self.model.get_submodule(parent), leaf, frozen)
         layer = Layer(
@@ -187,6 +200,7 @@ class Driver:
             sum(matrix is None for matrix in matrices),
             time.perf_counter() - begun,
             result.note,
+            sparsity,
         )
         self.layers.append(layer)
         self.progress(layer, len(self.layers), len(self.todo))
