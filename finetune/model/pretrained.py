@@ -71,8 +71,8 @@ def read_model(
     Raises:
         ModelError: where the weights do not fit the configuration, or transformers cannot use either.
     """
-    native = _native(config, model, task, str(directory))
-    options: dict[str, Any] = {"attn_implementation": _attention(native, model, loading)}
+    native = native_class(config, model, task, str(directory))
+    options: dict[str, Any] = {"attn_implementation": attention_for(native, model, loading)}
     if loading.stored is None:
         options["quantization_config"] = FrozenBaseConfig(loading)
     else:
@@ -104,7 +104,7 @@ def read_model(
         if task.judges_rows:
             report, new, left = settle(loaded, report)
             loading.notes += _told(new, left, task)
-        _judge({**report, "mismatched_keys": {*report["mismatched_keys"], *loading.mismatched}}, directory)
+        judge({**report, "mismatched_keys": {*report["mismatched_keys"], *loading.mismatched}}, directory)
         own_memory(loaded, loading.pages)
     loaded.requires_grad_(False)
     start(loaded, new)
@@ -132,12 +132,12 @@ def empty_model(config: Any, model: ModelConfig, task: Task = CAUSAL_LM) -> Any:
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    _native(config, model, task, f"model.path={model.path}")
+    native_class(config, model, task, f"model.path={model.path}")
     with torch.device("meta"), quiet(), _one_line("the model cannot be built from its configuration"):
         return task.auto_class().from_config(config, trust_remote_code=model.trust_remote_code)
 
 
-def _native(config: Any, model: ModelConfig, task: Task, where: str) -> Any:
+def native_class(config: Any, model: ModelConfig, task: Task, where: str) -> Any:
     """transformers' own class for a configuration and a task; None where the checkpoint's own Python stands in.
 
     Raises:
@@ -162,7 +162,7 @@ def _told(new: list[str], left: list[str], task: Task) -> list[str]:
     return notes
 
 
-def _attention(native: Any, model: ModelConfig, loading: Loading) -> str:
+def attention_for(native: Any, model: ModelConfig, loading: Loading) -> str:
     """The attention asked for, or eager (said aloud) where the architecture has no other."""
     if model.attention == "sdpa" and native is not None and not getattr(native, "_supports_sdpa", True):
         loading.notes.append(f"{native.__name__} has no sdpa attention: model.attention=eager is used")
@@ -170,7 +170,7 @@ def _attention(native: Any, model: ModelConfig, loading: Loading) -> str:
     return model.attention
 
 
-def _judge(report: dict[str, Any], directory: Path) -> None:
+def judge(report: dict[str, Any], directory: Path) -> None:
     """Refuse a model whose weights are not exactly those of the checkpoint.
 
     Raises:

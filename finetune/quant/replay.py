@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,16 @@ PRODUCTS = (F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, 
 """How experts multiply: the input from the left, the weight of one expert from the right."""
 
 
+class Sink(Protocol):
+    """Takes hidden states batch by batch and gives them back in that order, as often as asked; a list is one."""
+
+    def append(self, x: Tensor, /) -> None: ...
+
+    def __iter__(self) -> Iterator[Tensor]: ...
+
+    def __len__(self) -> int: ...
+
+
 @dataclass
 class Calls:
     """How a stack calls its blocks.
@@ -42,7 +52,7 @@ class Calls:
     """
 
     arguments: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = field(default_factory=list)
-    hidden: list[Tensor] = field(default_factory=list)
+    hidden: Sink = field(default_factory=list)
     chained: list[bool] = field(default_factory=list)
 
 
@@ -54,7 +64,7 @@ def record(model: nn.Module, blocks: Sequence[str], batches: Sequence[Batch]) ->
 
     def before(number: int) -> Callable[..., None]:
         def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden, rest, named = _split(block, args, kwargs)
+            hidden, rest, named = split_call(block, args, kwargs)
             calls.arguments[number].append((rest, named))
             if number == 0:
                 calls.hidden.append(hidden)
@@ -78,7 +88,7 @@ def record(model: nn.Module, blocks: Sequence[str], batches: Sequence[Batch]) ->
     return calls
 
 
-def inputs_of(model: nn.Module, block: str, batches: Sequence[Batch]) -> list[Tensor]:
+def inputs_of(model: nn.Module, block: str, batches: Sequence[Batch]) -> Sink:
     """The hidden states that go into a block, for each batch, from a run of the whole model as it is now."""
     return record(model, [block], batches).hidden
 
@@ -97,7 +107,7 @@ def hidden_of(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple | list) else output
 
 
-def _split(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Any, dict[str, Any]]:
+def split_call(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Any, dict[str, Any]]:
     """The hidden states of a call, and the other arguments; under "" the name that the hidden states had, if any."""
     if args:
         return args[0], args[1:], dict(kwargs)
