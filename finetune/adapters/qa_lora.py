@@ -31,6 +31,7 @@ from finetune.adapters.peft_lora import Saved
 from finetune.adapters.targets import ALL_LINEAR
 from finetune.errors import ConfigError
 from finetune.kernels import affine
+from finetune.quant.affine_ordered import OrderedAffineLinear
 from finetune.quant.affine_storage import Affine, AffineConfig
 from finetune.quant.base import QUANTIZERS, FrozenExperts, FrozenLinear, FrozenWeight, QuantConfig
 from finetune.quant.keep import KeepConfig
@@ -139,6 +140,8 @@ def _grouped(model: nn.Module, name: str) -> bool:
     parent, _, leaf = name.rpartition(".")
     base = getattr(model.get_submodule(parent), leaf)
     tensors = base.parameters() if isinstance(base, nn.Module) else [base]
+    if isinstance(base, OrderedAffineLinear):
+        return False  # its groups are no runs of inputs
     return isinstance(base, Affine) or all(tensor.is_meta for tensor in tensors)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from finetune.model.stored_format import Held, StoredFormat
+from finetune.quant.affine_ordered import ORDER
 from finetune.quant.affine_storage import FACTS, AffineConfig, name_of, read_facts
 from finetune.quant.base import QUANTIZERS, QuantConfig
 
@@ -16,7 +17,8 @@ class AffineCodes(StoredFormat):
     """int8g, int4, int3 and int2."""
 
     mark = FACTS
-    companions = (FACTS, "weight.scale", "weight.zero")
+    methods = ("finetune",)
+    companions = (FACTS, "weight.scale", "weight.zero", ORDER)
 
     def settings(self, told: dict[str, Any], held: Held, where: str) -> QuantConfig:
         name = self.marks(held)[0]

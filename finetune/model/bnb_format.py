@@ -28,6 +28,7 @@ class Bnb4bit(StoredFormat):
     """NF4 and FP4."""
 
     mark = f"weight.{STATE}"
+    methods = ("bitsandbytes", "finetune")
     companions = (
         "weight.nested_absmax", "weight.nested_quant_map", "weight.quant_map", "weight.absmax",
         f"weight.{STATE}nf4", f"weight.{STATE}fp4",

@@ -23,6 +23,7 @@ class BnbInt8(StoredFormat):
     """LLM.int8()."""
 
     mark = "SCB"
+    methods = ("bitsandbytes", "finetune")
     companions = ("weight_format", "SCB")
 
     def disguise(self, weight: StoredTensor) -> torch.dtype:

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.errors import ConfigError, ModelError
+from finetune.errors import ModelError
 from finetune.kernels import affine
+from finetune.model.integer_state import affine_config, affine_state, as_bytes
 from finetune.model.stored_format import Held, StoredFormat
 from finetune.quant.affine import AffineLinear
-from finetune.quant.affine_storage import BITS, FACTS, FORMAT_VERSION, AffineConfig
-from finetune.quant.base import QUANTIZERS, QuantConfig
-from finetune.quant.bnb_state import pack_json
+from finetune.quant.affine_storage import AffineConfig
+from finetune.quant.base import QuantConfig
 
 METHOD = "compressed-tensors"
 PACKED_BITS = (4, 8)
@@ -34,6 +34,7 @@ class CompressedTensors(StoredFormat):
     """`pack-quantized` weights of 4 or 8 bits."""
 
     mark = "weight_packed"
+    methods = (METHOD,)
     companions = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 
     def settings(self, told: dict[str, Any], held: Held, where: str) -> QuantConfig:
@@ -62,23 +63,11 @@ class CompressedTensors(StoredFormat):
             if key not in stored:
                 raise ModelError(f"{path}{key} is missing from the checkpoint")
         rows, width = (int(size) for size in stored["weight_shape"].tolist())
-        facts = {
-            "format_version": FORMAT_VERSION,
-            "bits": quant.bits,
-            "group_size": quant.group_size,
-            "zero_point": quant.zeros,
-            "dtype": str(dtype).removeprefix("torch."),
-            "shape": [rows, width],
-        }
-        state = {
-            "weight": _bytes(stored["weight_packed"])[:, : affine.packed_width(width, quant.bits)].contiguous(),
-            "weight.scale": _scales(stored["weight_scale"]),
-            FACTS: pack_json(facts),
-        }
-        if quant.zeros != "none":
-            packed_GP = _bytes(stored["weight_zero_point"].T)
-            state["weight.zero"] = affine.unpack(packed_GP, quant.bits, rows).T.contiguous()
-        return state
+        zero_OG = None
+        if zeros:
+            packed_GP = as_bytes(stored["weight_zero_point"].T)
+            zero_OG = affine.unpack(packed_GP, quant.bits, rows).T
+        return affine_state(as_bytes(stored["weight_packed"]), stored["weight_scale"], zero_OG, quant, width, dtype)
 
 
 def holds(quant: QuantConfig) -> bool:
@@ -140,32 +129,16 @@ def stock_config(quant: QuantConfig, kept: list[str]) -> dict[str, Any]:
 def _config(scheme: dict[str, Any], where: str) -> AffineConfig:
     """A scheme of weights as one of our configurations."""
     bits, strategy = scheme.get("num_bits"), scheme.get("strategy")
-    name = next((name for name, count in BITS.items() if count == bits and bits in PACKED_BITS), None)
-    if name is None or scheme.get("type") != "int" or strategy not in ("group", "channel"):
+    if bits not in PACKED_BITS or scheme.get("type") != "int" or strategy not in ("group", "channel"):
         raise ModelError(
             f"{where} is packed as {bits} bits {scheme.get('type')} by {strategy}, which is not read here: expected int"
             " of 4 or 8 bits by group or channel"
         )
     size = int(scheme["group_size"]) if strategy == "group" else -1
-    try:
-        kind: Any = QUANTIZERS.type_of(name)
-        return kind(group_size=size, symmetric=bool(scheme.get("symmetric", True)), zero_point="integer")
-    except ConfigError as error:
-        raise ModelError(f"{where}: {error}") from error
-
-
-def _scales(scale_OG: Tensor) -> Tensor:
-    """Scales in float16 where that holds them exactly, else in float32."""
-    half = scale_OG.to(torch.float16)
-    return half if torch.equal(half.float(), scale_OG.float()) else scale_OG.float()
+    return affine_config(bits, size, bool(scheme.get("symmetric", True)), where)
 
 
 def _words(bytes_RP: Tensor) -> Tensor:
     """Rows of bytes as rows of int32, filled up with 0."""
     short = -bytes_RP.shape[-1] % WORD
     return torch.nn.functional.pad(bytes_RP.detach(), (0, short)).contiguous().view(torch.int32)
-
-
-def _bytes(words: Tensor) -> Tensor:
-    """Rows of int32 as rows of bytes."""
-    return words.contiguous().view(torch.uint8)

@@ -93,11 +93,11 @@ def load(model: ModelConfig, quant: QuantConfig, dtype: torch.dtype, device: str
     from finetune.model import digest, pretrained
     from finetune.model.describe import storage_notes
     from finetune.model.hub import fetch
-    from finetune.model.stored import storage_of
+    from finetune.model.stored import storage_of, told_of
 
     directory = fetch(model)
     headers = check_directory(directory)
-    stored = storage_of(read_json(directory / "config.json", ""), headers, str(directory))
+    stored = storage_of(told_of(directory), headers, str(directory))
     settings = _settings(quant, stored.settings if stored else None, str(directory))
     config = task.configure(pretrained.read_config(directory, model))
     tokenizer = pretrained.read_tokenizer(directory, model)

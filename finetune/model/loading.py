@@ -24,6 +24,7 @@ class Loading:
         stored: how a prequantized checkpoint is stored; None for a dense one.
         kept: names of the linear modules that stayed unquantized, known after loading.
         stacks: whether experts are packed, known after loading.
+        conv1ds: whether Conv1Ds are, known then too.
         mismatched: names of tensors whose shape in the checkpoint is not the model's.
         notes: what the user should know.
         key_mapping: renamings without which transformers does not find all weights for the task.
@@ -36,6 +37,7 @@ class Loading:
     pages: PageRelease = field(default_factory=PageRelease)
     kept: list[str] = field(default_factory=list)
     stacks: bool = False
+    conv1ds: bool = False
     mismatched: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     key_mapping: dict[str, str] = field(default_factory=dict)
@@ -46,7 +48,7 @@ class Loading:
 
     def told(self) -> dict[str, Any] | None:
         """`quantization_config` of config.json for the model as it is; None for a dense one."""
-        return quantization_config(self.quant, self.dtype, self.kept, stacks=self.stacks)
+        return quantization_config(self.quant, self.dtype, self.kept, stacks=self.stacks, conv1ds=self.conv1ds)
 
     @contextmanager
     def keeping_failure(self) -> Iterator[None]:

@@ -25,10 +25,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from finetune.errors import ConfigError, ModelError
 from finetune.model.loading import Loading
 from finetune.model.stored import METHOD
+from finetune.quant.affine_ordered import in_order
 from finetune.quant.base import QUANTIZERS, FrozenWeight, QuantConfig
 from finetune.quant.dense import DenseConfig, DenseLinear
 from finetune.quant.freeze import empty_frozen, replace_projection
-from finetune.quant.packed import PackedExperts, PackedWeight
+from finetune.quant.packed import PackedExperts, PackedLinear, PackedWeight
 from finetune.structure import Projection, Structure, inspect
 from finetune.structure.inspect import projection_of
 
@@ -102,6 +103,7 @@ class FrozenBaseQuantizer(HfQuantizer):
         ]
         stacks = [name for name, module in model.named_modules() if isinstance(module, PackedExperts)]
         self.loading.stacks = bool(stacks)
+        self.loading.conv1ds = any(isinstance(m, PackedLinear) and m.transposed for m in model.modules())
         # Their operations cannot be undone (saving would try); what is saved is packed as it was.
         conversions = getattr(model, "_weight_conversions", None) or []
         model._weight_conversions = [c for c in conversions if not packs(c, stacks)]  # type: ignore[assignment]
@@ -183,6 +185,7 @@ class FrozenBaseQuantizer(HfQuantizer):
         stored = self.loading.stored.format.state(stored, name, quant, self.loading.dtype)
         frozen = self._empty(model, projection, quant, stored["weight"].device)
         assert isinstance(frozen, PackedWeight)
+        frozen = in_order(frozen, stored)
         frozen.take_state(stored, f"{path}.")
         _place(model, projection, frozen)
 

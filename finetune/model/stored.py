@@ -3,25 +3,39 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from finetune.errors import ModelError
 from finetune.model.affine_format import AffineCodes
+from finetune.model.awq_format import Awq
 from finetune.model.bnb_format import Bnb4bit
 from finetune.model.bnb_int8_format import BnbInt8
-from finetune.model.compressed_format import METHOD as COMPRESSED
+from finetune.model.check import read_json
 from finetune.model.compressed_format import CompressedTensors
+from finetune.model.gptq_format import Gptq
 from finetune.model.headers import Header
+from finetune.model.int_quantized_format import IntQuantized
 from finetune.model.stored_format import StoredFormat
 from finetune.quant.base import QuantConfig
 from finetune.quant.dense import DenseConfig
 
-FORMATS: tuple[StoredFormat, ...] = (Bnb4bit(), BnbInt8(), AffineCodes(), CompressedTensors())
+FORMATS: tuple[StoredFormat, ...] = (
+    Bnb4bit(),
+    BnbInt8(),
+    AffineCodes(),
+    CompressedTensors(),
+    IntQuantized(),
+    Gptq(),
+    Awq(),
+)
 METHOD = "finetune"
 """`quant_method` of a checkpoint that only we read; stock transformers refuses it by this name."""
 FORMAT_VERSION = 1
+BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+"""Where AutoGPTQ and AutoAWQ wrote their settings before config.json had a place for them, and of which method."""
 
 
 class Storage:
@@ -37,37 +51,57 @@ class Storage:
         self.format, self.settings, self.packed = form, settings, packed
 
 
-def storage_of(config: dict[str, Any], headers: list[Header], where: str) -> Storage | None:
-    """How a checkpoint is stored, by its config.json and the headers of its shards; None for a dense one.
+def told_of(directory: Path) -> dict[str, Any] | None:
+    """What a checkpoint says of its quantization, in config.json or in a file beside it; None where it says nothing.
+
+    Raises:
+        ModelError: where a file cannot be read.
+    """
+    told = read_json(directory / "config.json", f"{directory} is not a model: it has no config.json")
+    if isinstance(told.get("quantization_config"), dict):
+        return told["quantization_config"]
+    for name, method in BESIDE.items():
+        if (directory / name).exists():
+            return {"quant_method": method} | read_json(directory / name, "")
+    return None
+
+
+def storage_of(told: dict[str, Any] | None, headers: list[Header], where: str) -> Storage | None:
+    """How a checkpoint is stored, by what it says and by the headers of its shards; None for a dense one.
+
+    Args:
+        told: from `told_of`.
+        where: the checkpoint, for messages.
 
     Raises:
         ModelError: for a storage that we do not read.
     """
-    told = config.get("quantization_config")
     held = {tensor.name: (header, tensor) for header in headers for tensor in header.tensors}
-    found = [form for form in FORMATS if form.marks(held)]
-    if told is None and not found:
+    marked = [form for form in FORMATS if form.marks(held)]
+    if told is None and not marked:
         return None
     method = (told or {}).get("quant_method", "bitsandbytes")
-    if method not in ("bitsandbytes", COMPRESSED, METHOD):
+    known = list(dict.fromkeys(method for form in FORMATS for method in form.methods))
+    if method not in known:
         raise ModelError(
-            f"{where} is stored as {method}, which cannot be a base here: expected dense weights, bitsandbytes, "
-            f"{COMPRESSED} or {METHOD}"
+            f"{where} is stored as {method}, which cannot be a base here: expected dense weights, {', '.join(known)}"
         )
     version = (told or {}).get("format_version", FORMAT_VERSION)
     if method == METHOD and version != FORMAT_VERSION:
         raise ModelError(f"{where}: config.json has format_version {version}, this program reads {FORMAT_VERSION}")
+    found = [form for form in marked if told is None or method in form.methods]
     if len(found) != 1:
-        what = "several kinds of quantized weights" if found else "no quantized weight"
-        raise ModelError(f"{where}: config.json says {method}, but the shards hold {what}: save it again")
-    form = found[0]
+        what = "several kinds of quantized weights" if marked else "no quantized weight"
+        says = "nothing of a quantization" if told is None else method
+        raise ModelError(f"{where}: config.json says {says}, but the shards hold {what}: save it again")
+    form = found[0].of(told or {})
     settings = form.settings(told or {}, held, where)
     weights = {form.weight_of(mark) for mark in form.marks(held)}
     return Storage(form, settings, {name: form.disguise(held[name][1]) for name in weights if name in held})
 
 
 def quantization_config(
-    quant: QuantConfig, dtype: torch.dtype, kept: list[str], *, stacks: bool = False
+    quant: QuantConfig, dtype: torch.dtype, kept: list[str], *, stacks: bool = False, conv1ds: bool = False
 ) -> dict[str, Any] | None:
     """`quantization_config` of config.json for a model stored so; None for a dense one.
 
@@ -78,11 +112,13 @@ def quantization_config(
         dtype: that stock modules compute in.
         kept: names of the linear modules that are not quantized.
         stacks: whether experts are packed too, which no stock library reads.
+        conv1ds: whether Conv1Ds are, which some do.
     """
     if isinstance(quant, DenseConfig):
         return None
     form = next((form for form in FORMATS if form.writes(quant)), None)
-    stock = form.stock_config(quant, dtype, kept) if form is not None and not stacks else None
+    readable = form is not None and not stacks and (form.conv1ds or not conv1ds)
+    stock = form.stock_config(quant, dtype, kept) if form is not None and readable else None
     return stock or {"quant_method": METHOD, "format_version": FORMAT_VERSION, "quant": asdict(quant)}
 
 

@@ -1,7 +1,8 @@
 """What a way of storing quantized weights in a checkpoint has to say of itself; one sub-class a file.
 
 A quantized weight is a tensor `<module>.weight` and companions beside it under names of the format's own. Formats are
-told apart by those names, not by `quant_method` in config.json: bitsandbytes has two, and ours may hold any.
+told apart by those names among those that a `quant_method` of config.json may mean: bitsandbytes has two, ours may hold
+several, and GPTQ and AWQ have the same names.
 """
 
 from __future__ import annotations
@@ -27,10 +28,22 @@ class StoredFormat(ABC):
         companions: names beside `weight` in a module's state, relative to the module; none of them the start of another
             that comes later.
         mark: the companion that every weight of this storage has, or how its name begins.
+        methods: under which `quant_method` it is found.
+        conv1ds: whether stock libraries read Conv1Ds stored so, where they read linear layers.
     """
 
     companions: tuple[str, ...]
     mark: str
+    methods: tuple[str, ...]
+    conv1ds: bool = True
+
+    def of(self, told: dict[str, Any]) -> StoredFormat:
+        """The format as one checkpoint has it, for those whose tensors do not say all.
+
+        Args:
+            told: `quantization_config` of its config.json.
+        """
+        return self
 
     def marks(self, held: Held) -> list[str]:
         """Names of the tensors that show which weights are stored so."""

@@ -1,0 +1,100 @@
+"""compressed-tensors' `int-quantized` layout: linear layers in integers, their inputs too, for vLLM and transformers.
+
+Each layer keeps its codes as `weight` (int8 [O, I]), beside it `weight_scale` ([O, 1] by channel, [1] by tensor) and,
+where inputs have a static scale, `input_scale` ([1]) (compressed-tensors 0.20, compressors/naive_quantized). Which
+inputs share a scale stands in config.json alone. These are the keys that our modules save themselves under, so nothing
+is renamed.
+
+Scales are max / 127 here, as in vLLM's kernels and SmoothQuant; compressed-tensors' own emulation in transformers takes
+max / 127.5 for the inputs of a call and goes down to -128, so with dynamic scales it rounds a little differently.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, int8
+
+from finetune.errors import ConfigError, ModelError
+from finetune.model.compressed_format import METHOD
+from finetune.model.headers import StoredTensor
+from finetune.model.stored_format import Held, StoredFormat
+from finetune.quant.base import QUANTIZERS, QuantConfig
+from finetune.quant.w8a8_storage import BITS, IntegerConfig
+
+READ = "int of 8 or 6 bits, symmetric, weights by channel or tensor, inputs by token or tensor"
+
+
+class IntQuantized(StoredFormat):
+    """w8a8 and w6a6."""
+
+    mark = "weight_scale"
+    methods = (METHOD, "finetune")
+    companions = ("weight_scale", "input_scale")
+    conv1ds = False
+
+    def marks(self, held: Held) -> list[str]:
+        """Scales beside a weight of int8 codes: packed layouts have scales of that name too, and no such weight."""
+        named = [name for name in held if name.endswith(f".{self.mark}")]
+        return [name for name in named if (codes := held.get(self.weight_of(name))) and codes[1].dtype == "I8"]
+
+    def disguise(self, weight: StoredTensor) -> Any:
+        return int8
+
+    def settings(self, told: dict[str, Any], held: Held, where: str) -> QuantConfig:
+        if "quant" in told:  # our own method
+            return _own(told["quant"], where)
+        groups = list((told.get("config_groups") or {}).values())
+        found = [_config(group.get("weights"), group.get("input_activations"), where) for group in groups]
+        if not found or any(config != found[0] for config in found):
+            raise ModelError(f"{where}: config.json has {len(found)} schemes of weights, expected one for all layers")
+        return found[0]
+
+    def settings_of(self, stored: dict[str, Tensor], name: str, quant: QuantConfig) -> QuantConfig:
+        return quant
+
+    def writes(self, quant: QuantConfig) -> bool:
+        return isinstance(quant, IntegerConfig)
+
+    def stock_config(self, quant: QuantConfig, dtype: Any, kept: list[str]) -> dict[str, Any]:
+        assert isinstance(quant, IntegerConfig)
+        integers = {"num_bits": quant.bits, "type": "int", "symmetric": True}
+        weights = integers | {"strategy": quant.weights, "dynamic": False}
+        inputs = integers | {"strategy": quant.activations, "dynamic": not quant.static}
+        return {
+            "quant_method": METHOD,
+            "format": "int-quantized",
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": inputs}},
+            "ignore": sorted(kept),
+        }
+
+
+def _config(weights: dict[str, Any] | None, inputs: dict[str, Any] | None, where: str) -> QuantConfig:
+    """The schemes of weights and inputs as one of our configurations."""
+    if not weights or not inputs:
+        raise ModelError(f"{where} has int8 weights and no scheme for inputs, which is not read here: expected {READ}")
+    bits = weights.get("num_bits")
+    name = next((name for name, count in BITS.items() if count == bits == inputs.get("num_bits")), None)
+    plain = all(one.get("type") == "int" and one.get("symmetric", True) for one in (weights, inputs))
+    if name is None or not plain:
+        what = [f"{one.get('num_bits')} bits {one.get('type')}" for one in (weights, inputs)]
+        raise ModelError(f"{where} has weights of {what[0]}, inputs of {what[1]}, not read here: expected {READ}")
+    dynamic = inputs.get("dynamic", False)
+    return _built(name, where, weights.get("strategy"), inputs.get("strategy"), static=dynamic is False)
+
+
+def _own(told: dict[str, Any], where: str) -> QuantConfig:
+    """Settings as we write them under our own method."""
+    if told.get("name") not in BITS:
+        raise ModelError(f"{where}: config.json says quant={told.get('name')}, but the shards hold w8a8 or w6a6")
+    return _built(told["name"], where, told.get("weights"), told.get("activations"), static=bool(told.get("static")))
+
+
+def _built(name: str, where: str, weights: Any, inputs: Any, *, static: bool) -> QuantConfig:
+    """One of our configurations."""
+    kind: Any = QUANTIZERS.type_of(name)
+    try:
+        return kind(weights=weights, activations=inputs, static=static)
+    except ConfigError as error:
+        raise ModelError(f"{where}: {error}") from error
