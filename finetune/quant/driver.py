@@ -9,52 +9,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from finetune.quant.base import FrozenLinear, QuantConfig
-from finetune.quant.dense import DenseConfig, DenseExperts, DenseLinear
+from finetune.quant.dense import DenseExperts, DenseLinear
 from finetune.quant.freeze import empty_frozen, freeze
 from finetune.quant.gram import Gram
+from finetune.quant.layer import Layer
 from finetune.quant.packed import PackedWeight
 from finetune.quant.pruners.apply import prune
 from finetune.quant.pruners.base import Pruner
-from finetune.quant.replay import Batch, inputs_of, reading_alike, record, run, watching
+from finetune.quant.replay import Batch, Calls, inputs_of, reading_alike, watching
+from finetune.quant.resident import Resident
 from finetune.quant.rounders.base import Rounder, apply
 from finetune.quant.rounders.rtn import RTN
 from finetune.quant.transforms.base import Transform
 from finetune.structure.base import Projection, Structure
-
-
-@dataclass(frozen=True)
-class Layer:
-    """What became of one projection.
-
-    Attributes:
-        name: of the module, or of the 3-D parameter of experts.
-        error_rtn, error: as in `rounders.base.Rounded`; with a pruner, as in `pruners.apply.Outcome`.
-        damping: as there; None where rounding to nearest was kept.
-        bits_per_weight: of its storage.
-        samples: inputs that it was calibrated on, of all its experts together; 0 without calibration.
-        unseen: experts that saw none of them.
-        seconds: that its codes took.
-        note: what the user should know, empty for nothing.
-        sparsity: share of the stored weights that are exactly zero; None without a pruner.
-    """
-
-    name: str
-    error_rtn: float
-    error: float
-    damping: float | None
-    bits_per_weight: float
-    samples: int
-    unseen: int
-    seconds: float
-    note: str
-    sparsity: float | None = None
-
 
 Progress = Callable[[Layer, int, int], None]
 """`progress(layer, done, of)`, after each projection."""
@@ -66,7 +39,7 @@ class Driver:
     """One model on its way into a storage format.
 
     Args:
-        model: of transformers, in memory, dense; changed in place.
+        model: of transformers, dense; changed in place. In memory as far as `resident` says.
         structure: what `finetune.structure.inspect(model)` found.
         quant: the storage format of its projections.
         rounder: chooses the codes.
@@ -74,6 +47,8 @@ class Driver:
         progress, prepare: see there.
         transform: changes each block before it is quantized; needs `batches`.
         pruner: sets weights to zero before, or while, codes are chosen.
+        resident: brings the blocks into memory, and knows what an earlier run has finished; by default the whole model
+            is in memory.
     """
 
     def __init__(
@@ -87,12 +62,13 @@ class Driver:
         prepare: Prepare = lambda module: None,
         transform: Transform | None = None,
         pruner: Pruner | None = None,
+        resident: Resident | None = None,
     ) -> None:
         self.model, self.structure, self.quant, self.rounder = model, structure, quant, rounder
         self.batches, self.progress, self.prepare, self.transform = batches, progress, prepare, transform
-        self.pruner = pruner
+        self.pruner, self.resident = pruner, resident or Resident()
         self.todo = [p for p in structure.projections if not p.dense]
-        self.layers: list[Layer] = []
+        self.layers: list[Layer] = list(self.resident.layers)
 
     @torch.no_grad()
     def go(self) -> list[Layer]:
@@ -102,12 +78,11 @@ class Driver:
             ModelError: when a weight is not finite.
             ConfigError: where the head is to be quantized but shares its weight with the embeddings.
         """
-        freeze(self.model, DenseConfig(), self.structure)
+        self.resident.begin(self.model, self.structure)
         was_training = self.model.training
         self.model.eval()
-        if self.batches:
-            for stack in self.structure.stacks:
-                self._stack(stack.blocks)
+        for stack in self.structure.stacks:
+            self._stack(stack.blocks)
         done = {layer.name for layer in self.layers}
         for p in self.todo:
             if p.name not in done:
@@ -119,19 +94,23 @@ class Driver:
 
     def _stack(self, blocks: Sequence[str]) -> None:
         """All blocks of a stack, in order."""
-        calls = record(self.model, blocks, self.batches)
-        hidden = calls.hidden
+        calls = self.resident.calls(self.model, blocks, self.batches) if self.batches else Calls()
         for number, name in enumerate(blocks):
-            if number and not calls.chained[number]:
-                hidden = inputs_of(self.model, name, self.batches)
-            block, arguments = self.model.get_submodule(name), calls.arguments[number]
-
-            def forward(block: nn.Module = block, arguments=arguments, hidden=hidden) -> Iterator[Tensor]:
-                return (run(block, x, call) for x, call in zip(hidden, arguments, strict=True))
-
-            self._block([p for p in self.todo if p.name.startswith(f"{name}.")], forward)
-            hidden = list(forward())
-            calls.arguments[number] = []  # nothing needs them any more
+            if number < self.resident.finished:
+                continue
+            self.resident.enter(number, name)
+            projections = [p for p in self.todo if p.name.startswith(f"{name}.")]
+            if self.batches:
+                if number and not calls.chained[number]:
+                    calls.hidden = inputs_of(self.model, name, self.batches)
+                forward = calls.forward(number, self.model.get_submodule(name))
+                self._block(projections, forward)
+                calls.hidden = self.resident.onward(number + 1, forward())
+                calls.arguments[number] = []  # nothing needs them any more
+            else:
+                for p in projections:
+                    self._quantize(p, [])
+            self.resident.leave(number, name, self.layers[len(self.layers) - len(projections) :])
 
     def _block(self, projections: list[Projection], forward: Callable[[], Iterator[Tensor]]) -> None:
         """The projections of one block, group after group of those that read the same."""

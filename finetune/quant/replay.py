@@ -47,13 +47,18 @@ class Calls:
 
     Attributes:
         arguments: for each block, for each batch: positional and keyword arguments without the hidden states.
-        hidden: for each batch, what goes into the first block.
+        hidden: for each batch, what goes into the block whose turn it is, at first the first one.
         chained: for each block, whether what goes into it is what the block before put out.
     """
 
     arguments: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = field(default_factory=list)
     hidden: Sink = field(default_factory=list)
     chained: list[bool] = field(default_factory=list)
+
+    def forward(self, number: int, block: nn.Module) -> Callable[[], Iterator[Tensor]]:
+        """What runs a block on the hidden states at hand, as the model calls it, one batch a step."""
+        hidden, arguments = self.hidden, self.arguments[number]
+        return lambda: (run(block, x, call) for x, call in zip(hidden, arguments, strict=True))
 
 
 @torch.no_grad()

@@ -166,4 +166,4 @@ def _same(one: Any, other: Any) -> bool:
             and len(one) == len(other)
             and all(_same(a, b) for a, b in zip(one, other, strict=True))
         )
-    return type(one) is type(other) and (one is other or isinstance(one, bool | int | float | str) and one == other)
+    return type(one) is type(other) and (one is other or (isinstance(one, bool | int | float | str) and one == other))
