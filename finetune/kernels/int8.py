@@ -28,8 +28,8 @@ from finetune.kernels.products import autocast, define_products, library, owned
 LEVELS = 127
 """Codes run from -127 to 127."""
 
-EXACT_COLUMNS = (1 << 24) // LEVELS**2
-"""Columns whose int8 products add up exactly in float32: 1040."""
+EXACT_COLUMNS = (1 << 24) // (LEVELS * (LEVELS + 1))
+"""Columns whose int8 products add up exactly in float32: 1032, one of the factors going down to -128."""
 
 _STORAGE = "Tensor codes, Tensor absmax"
 

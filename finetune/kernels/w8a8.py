@@ -5,7 +5,8 @@ Shape suffixes: M rows of the input, B its leading dimensions, O out features, I
 Symmetric integers (SmoothQuant, Xiao et al. 2022, arXiv:2211.10438, section 2): `code = round(v / scale)`, half to
 even, from -L to L with L = 2^(bits-1) - 1, and `scale = max|v| / L`. A weight has one scale a row or one for all of it;
 an input one a row (token), one for the whole call (tensor), or one fixed beforehand (static), beyond which it is
-clipped. The product of codes is exact in int32 and scaled once: `y = product * (scale_x * scale_w) + bias`.
+clipped: to -L - 1 below, where vLLM and compressed-tensors saturate. The product of codes is exact in int32 and scaled
+once: `y = product * (scale_x * scale_w) + bias`.
 
 - `finetune::dequantize_w8a8`, `linear_w8a8`, `input_gradient_w8a8` (products.py): the input is left alone.
 - `finetune::integer_linear_w8a8`: the input is rounded as well. Its gradient is straight-through: grad @ w.
@@ -30,10 +31,10 @@ def levels(bits: int) -> int:
     return 2 ** (bits - 1) - 1
 
 
-def round_to(value: Tensor, scale: Tensor, most: int) -> Tensor:
-    """The codes nearest to a value on a scale that broadcasts with it, int8; 0 where the scale is 0."""
+def round_to(value: Tensor, scale: Tensor, least: int, most: int) -> Tensor:
+    """The codes nearest to a value on a scale that broadcasts with it, int8; 0 where value and scale are 0."""
     divisor = torch.where(scale > 0, scale, 1.0)
-    return (value.float() / divisor).round_().clamp_(-most, most).to(torch.int8)
+    return (value.float() / divisor).round_().clamp_(least, most).to(torch.int8)
 
 
 def input_scale(x_MI: Tensor, bits: int, per_token: bool, static: Tensor | None) -> Tensor:
@@ -117,8 +118,9 @@ def _integer_linear(
     x_MI = x.reshape(-1, x.shape[-1])
     if not x_MI.numel():
         return x.new_zeros([*x.shape[:-1], codes.shape[0]]) + (0 if bias is None else bias)
-    scale_x = input_scale(x_MI, bits, per_token, static)
-    product_MO = torch.ops.finetune.int8_product(round_to(x_MI, scale_x, levels(bits)), codes)
+    scale_x, most = input_scale(x_MI, bits, per_token, static), levels(bits)
+    codes_MI = round_to(x_MI, scale_x, -most if static is None else -most - 1, most)
+    product_MO = torch.ops.finetune.int8_product(codes_MI, codes)
     y_MO = product_MO.float().mul_(scale_x * scale.view(1, -1))
     if bias is not None:
         y_MO += bias

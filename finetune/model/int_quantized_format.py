@@ -5,8 +5,8 @@ where inputs have a static scale, `input_scale` ([1]) (compressed-tensors 0.20, 
 inputs share a scale stands in config.json alone. These are the keys that our modules save themselves under, so nothing
 is renamed.
 
-Scales are max / 127 here, as in vLLM's kernels and SmoothQuant; compressed-tensors' own emulation in transformers takes
-max / 127.5 for the inputs of a call and goes down to -128, so with dynamic scales it rounds a little differently.
+Static scales give the same codes there as here. Dynamic ones are max / 127 here, as in SmoothQuant and vLLM's kernels,
+and max / 127.5 in compressed-tensors' emulation, through which transformers runs: it rounds inputs a little differently.
 """
 
 from __future__ import annotations

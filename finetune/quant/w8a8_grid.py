@@ -35,7 +35,8 @@ class W8A8Grid:
 
     def round_columns(self, w_OC: Tensor, first: int) -> Tensor:
         """The nearest codes, int8; half way, the even one."""
-        return w8a8.round_to(w_OC, self.scale, w8a8.levels(self.bits))
+        most = w8a8.levels(self.bits)
+        return w8a8.round_to(w_OC, self.scale, -most, most)
 
     def decode(self, codes_OC: Tensor, first: int = 0) -> Tensor:
         """`code * scale` in float32."""
