@@ -29,6 +29,10 @@ class W8A8Grid:
     scale: Tensor
     bits: int
 
+    def part(self, rows: slice) -> Self:
+        """Some of the rows of a matrix."""
+        return self if self.scale.numel() == 1 else type(self)(self.scale[rows], self.bits)
+
     def expert(self, number: int) -> Self:
         """The scales of one expert."""
         return type(self)(self.scale[number], self.bits)
