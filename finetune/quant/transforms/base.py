@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
+from finetune.quant.transforms.search import Scaling, Search
 from finetune.registry import Registry
 from finetune.structure.base import Projection
 
@@ -59,6 +60,17 @@ class Transform(ABC):
 
     def __init__(self) -> None:
         self.summary = Summary()
+        self._search: Search | None = None
+
+    def scalings(self, driver: Driver, projections: list[Projection], forward: Forward) -> list[Scaling]:
+        """What can be scaled in the block of some projections; what cannot, and why, is noted."""
+        if self._search is None:
+            self._search = Search(driver.model, driver.structure)
+        number = projections[0].block
+        assert number is not None
+        found = self._search.scalings(driver.structure.blocks[number], lambda: next(forward()))
+        self.summary.notes = list(self._search.notes)
+        return found
 
     @abstractmethod
     def block(self, driver: Driver, projections: list[Projection], forward: Forward) -> None:

@@ -18,9 +18,9 @@ from finetune.quant.transforms.search import Scaling
 def fold(model: nn.Module, scaling: Scaling, by_I: Tensor) -> None:
     """Divide a tensor by factors where it is made, and multiply the columns of its readers by them.
 
-    Arithmetic is in float32, and rounded to the dtype that each parameter has. What rounding does to the weight of a norm
-    is made good in the columns of its readers. A channel of a norm that cannot be divided (its factor is 0, or would be
-    out of range) stays as it is.
+    Arithmetic is in float32, and rounded to the dtype that each parameter has. What rounding does to the weight of a
+    norm is made good in the columns of its readers. A channel of a norm that cannot be divided (its factor is 0, or
+    would be out of range) stays as it is.
 
     Args:
         model: whose projections are dense frozen modules.

@@ -1,7 +1,7 @@
 """One block of a dense model, run on one batch with some of its tensors scaled: how a model is asked what reads what.
 
-All factors are powers of two. So a product with them is exact in every dtype, and where a factor is undone the result is
-the same bit for bit: what is left of a difference is a reader that nobody thought of.
+All factors are powers of two. So a product with them is exact in every dtype, and where a factor is undone the result
+is the same bit for bit: what is left of a difference is a reader that nobody thought of.
 
 Shape suffixes: N samples, K outputs of what gives a tensor, I inputs of what reads it, E experts.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -85,7 +86,7 @@ class Probe:
                 stack.enter_context(self._scaled(*change))
             stack.enter_context(_outputs(self.model.get_submodule(self.block), seen.output))
             for name in self.routers:
-                stack.enter_context(_before(self.model.get_submodule(name), lambda x, n=name: saw(n, 0, x)))
+                stack.enter_context(before_call(self.model.get_submodule(name), partial(saw, name, 0)))
             stack.enter_context(watching(self.model, list(self.projections.values()), saw))
             for change in scaled[stacks:]:
                 stack.enter_context(self._scaled(*change))
@@ -116,7 +117,7 @@ class Probe:
             finally:
                 handle.remove()
         else:
-            with _before(module, lambda x: x * by.to(x)):
+            with before_call(module, lambda x: x * by.to(x)):
                 yield
 
     def same(self, seen: Seen) -> bool:
@@ -137,7 +138,7 @@ def alike(wanted: Tensor, found: Tensor) -> bool:
 
 
 @contextmanager
-def _before(module: nn.Module, change: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+def before_call(module: nn.Module, change: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
     """Within it, `change` is told the first tensor that a module is given, and may give another."""
 
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

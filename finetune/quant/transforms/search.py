@@ -1,10 +1,10 @@
 """Which tensors of a block can be scaled, and what reads them: found by scaling them and looking.
 
-- A norm's output is multiplied by powers of two. Whatever multiplies exactly that tensor by a matrix of its own shows the
-  same factors in its input; the factors are then undone there, and the block is run again, until nothing new shows (the
-  experts of a mixture are chosen by the router as before only once it is undone at the router). If the block then
-  returns what it returned before, these are all its readers; else something else reads it too (a residual, a second norm)
-  and the norm is left alone.
+- A norm's output is multiplied by powers of two. Whatever multiplies exactly that tensor by a matrix of its own shows
+  the same factors in its input; the factors are then undone there, and the block is run again, until nothing new shows
+  (the experts of a mixture are chosen by the router as before only once it is undone at the router). If the block then
+  returns what it returned before, these are all its readers; else something else reads it too (a residual, a second
+  norm) and the norm is left alone.
 - A projection's output is multiplied in the same way. If each channel of another projection's input is then multiplied
   by one of the factors, whatever the token, the way between them is linear in each channel: values through attention
   (several channels from one, where heads share values), `up` through a gated activation, anything through a ReLU. The
@@ -125,7 +125,7 @@ class Search:
 
     def _norm(self, probe: Probe, name: str) -> Scaling | None:
         """The readers of a norm, or None: with a note where projections read it, without where none does."""
-        weight = self.model.get_submodule(name).weight
+        weight = self.model.get_parameter(f"{name}.weight")
         by_I = _factors(torch.arange(len(weight), device=weight.device), 0)
         readers: list[str] = []
         seen = probe.base
@@ -166,7 +166,7 @@ class Search:
 
     def _pair(self, probe: Probe, p: Projection) -> Scaling | None:
         """What reads the output of a projection channel by channel."""
-        device = self.model.get_submodule(p.name).weight.device
+        device = next(self.model.get_submodule(p.name).parameters()).device
         for rows_K in self._candidates(probe, p, device):
             reader = _linear_reader(probe, probe.run(p.name, _on(rows_K, 0)), p)
             if reader is None:
@@ -256,7 +256,7 @@ def _off(before_NI: Tensor, after_NI: Tensor, by_I: Tensor) -> Tensor:
 
 
 def _exponents(before_NI: Tensor, after_NI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """For each channel: the power of two that it was multiplied by, whether that is so exactly, whether it is all zero."""
+    """For each channel: the power of two that it was multiplied by, whether exactly, and whether it is all zero."""
     places_I = before_NI.abs().argmax(0, keepdim=True)
     peak_I, now_I = before_NI.gather(0, places_I)[0].float(), after_NI.gather(0, places_I)[0].float()
     zero_I = peak_I == 0
@@ -267,7 +267,11 @@ def _exponents(before_NI: Tensor, after_NI: Tensor) -> tuple[Tensor, Tensor, Ten
 
 
 def _linear_reader(probe: Probe, seen: Seen, source: Projection, *, partly: bool = False) -> str | None:
-    """The projection whose input channels were all multiplied by factors; `partly`: some, and the others not changed."""
+    """The projection whose input channels were all multiplied by factors.
+
+    Args:
+        partly: some channels suffice, where the others did not change.
+    """
     for name, x_NI in seen.inputs.items():
         before = probe.base.inputs.get(name)
         if name == source.name or name not in probe.projections or before is None or before.shape != x_NI.shape:
@@ -342,4 +346,3 @@ def _renamed(scaling: Scaling, old: str, new: str) -> Scaling:
 
     readers = tuple(moved(reader) for reader in scaling.readers)
     return Scaling(moved(scaling.source), readers, scaling.rows_I, scaling.is_norm, scaling.offset)
-
