@@ -31,6 +31,7 @@ from finetune.model.streaming import fixed_thresholds
 from finetune.model.task import CAUSAL_LM
 from finetune.quant.dense import DenseConfig
 from finetune.structure import inspect
+from finetune.structure.base import Structure
 
 METHOD = "finetune_blocks"
 DTYPES = {
@@ -52,6 +53,8 @@ class BlockReader:
         headers: of its shards.
 
     Attributes:
+        blocks: their names.
+        whole: why the blocks cannot be taken apart; empty where they can.
         model: once `outside` has been called: the model, its blocks on the meta device.
 
     Raises:
@@ -68,7 +71,9 @@ class BlockReader:
         self._config = copy.deepcopy(config)
         empty = empty_model(config, model)
         self._class = type(empty)
-        self.blocks = inspect(empty).blocks
+        structure = inspect(empty)
+        self.blocks = structure.blocks
+        self.whole = _why_whole(empty, structure)
         self._outside: set[str] = set()
         self._rehearse()
 
@@ -193,6 +198,15 @@ class _BlocksQuantizer(FrozenBaseQuantizer):
         for name, block in self.taken.items():
             _put(model, name, block)
         return super()._process_model_after_weight_loading(model, **kwargs)
+
+
+def _why_whole(model: Any, structure: Structure) -> str:
+    """Why the blocks of a model cannot be read one by one; empty where they can."""
+    if len(structure.stacks) != 1 or structure.stacks[0].blocks != structure.blocks:
+        return "it has several stacks of blocks"
+    inside = tuple(f"{block}." for block in structure.blocks)
+    tied = [name for pair in model.all_tied_weights_keys.items() for name in pair if name.startswith(inside)]
+    return f"its blocks share weights ({tied[0]})" if tied else ""
 
 
 def _put(model: nn.Module, name: str, block: nn.Module) -> None:

@@ -52,7 +52,7 @@ class Calls:
     """
 
     arguments: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = field(default_factory=list)
-    hidden: Sink = field(default_factory=list)
+    hidden: Sink = field(default_factory=list[Tensor])
     chained: list[bool] = field(default_factory=list)
 
     def forward(self, number: int, block: nn.Module) -> Callable[[], Iterator[Tensor]]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+import torch
 from torch import Tensor, nn
 
-from finetune.quant.dense import DenseConfig
-from finetune.quant.freeze import freeze
+from finetune.quant.base import QuantConfig
+from finetune.quant.dense import DenseConfig, DenseExperts, DenseLinear
+from finetune.quant.freeze import empty_frozen, freeze
 from finetune.quant.layer import Layer
+from finetune.quant.packed import PackedWeight
 from finetune.quant.replay import Batch, Calls, Sink, record
-from finetune.structure.base import Structure
+from finetune.structure.base import Projection, Structure
 
 
 class Resident:
@@ -42,3 +45,23 @@ class Resident:
 
     def leave(self, number: int, block: str, layers: Sequence[Layer]) -> None:
         """A block is quantized, and its output known; nothing asks for it again."""
+
+
+def lay_out(model: nn.Module, quant: QuantConfig, p: Projection, prepare: Callable[[PackedWeight], None]) -> None:
+    """Put the module in place that a projection of a finished block is stored in, without its weight.
+
+    Args:
+        model: whose projection is a dense frozen module on the meta device.
+        prepare: as the driver's.
+    """
+    dense = model.get_submodule(p.name)
+    assert isinstance(dense, DenseLinear | DenseExperts)
+    frozen = empty_frozen(quant, p, dense, dtype=dense.weight.dtype, device="cpu")
+    if not isinstance(frozen, PackedWeight):
+        return
+    prepare(frozen)
+    # A weight of zeros takes the room that any other does; only how much it is will be asked.
+    shape = dense.weight.shape if p.kind == "experts" else (p.out_features, p.in_features)
+    frozen.store(torch.zeros(shape, dtype=dense.weight.dtype))
+    parent, _, leaf = p.name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, frozen.to("meta"))

@@ -85,15 +85,16 @@ def read_text(config: CalibrationConfig, tokenizer: Any, vocabulary: int, contex
     return text
 
 
-def batches_of(pieces: list[Tensor]) -> list[dict[str, Any]]:
-    """What the model is called with: pieces of one length together."""
+def batches_of(pieces: list[Tensor], tokens: int = BATCH_TOKENS) -> list[dict[str, Any]]:
+    """What the model is called with: pieces of one length together, of so many tokens at most, or one piece."""
+    tokens = min(tokens, BATCH_TOKENS)
     by_length: dict[int, list[Tensor]] = {}
     for piece in pieces:
         by_length.setdefault(len(piece), []).append(piece)
     return [
-        {"input_ids": torch.stack(alike[start : start + max(1, BATCH_TOKENS // length)]), "use_cache": False}
+        {"input_ids": torch.stack(alike[start : start + max(1, tokens // length)]), "use_cache": False}
         for length, alike in by_length.items()
-        for start in range(0, len(alike), max(1, BATCH_TOKENS // length))
+        for start in range(0, len(alike), max(1, tokens // length))
     ]
 
 
