@@ -26,6 +26,7 @@ from finetune.model.config import ModelConfig
 from finetune.model.task import judges_rows
 from finetune.offsite.config import OffsiteConfig
 from finetune.quant.base import QUANTIZERS, QuantConfig
+from finetune.quant.pruners.base import PRUNERS
 from finetune.quant.rounders.base import CALIBRATORS
 from finetune.quant.transforms.base import TRANSFORMS
 from finetune.quantize.config import QuantizeConfig
@@ -52,7 +53,7 @@ GROUPS: dict[str, Registry[Any]] = {
 }
 """Config groups whose choices are found by a scan; the key is the group's name in `conf/` and in the tree."""
 
-VERB_GROUPS: dict[str, Registry[Any]] = {"calibrator": CALIBRATORS, "transform": TRANSFORMS}
+VERB_GROUPS: dict[str, Registry[Any]] = {"calibrator": CALIBRATORS, "transform": TRANSFORMS, "pruner": PRUNERS}
 """The same for groups that only a verb's own tree has: `finetune quantize`."""
 
 PLUGGED: dict[str, list[str]] = {}

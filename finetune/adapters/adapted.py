@@ -39,6 +39,18 @@ class AdaptedWeight(Mounted, ABC):
         """What training has changed of the base, by its name there and in float32; nothing where it changed nothing."""
         return iter(self.below().items())
 
+    def pruned_base(self) -> Any:
+        """The frozen weight beneath all that is mounted here, where its zeros are to stay; else None."""
+        base = self.base
+        while isinstance(base, AdaptedWeight):
+            base = base.base
+        return base if isinstance(base, FrozenWeight) and base.pruned else None
+
+    def kept(self) -> Tensor | None:
+        """Where weights may be other than zero, bool, as `base.dequantize` lays them out; None where all may."""
+        pruned = self.pruned_base()
+        return None if pruned is None else pruned.dequantize(torch.float32) != 0
+
     def below(self) -> dict[str, Tensor]:
         """The same of what another adapter has put under this one; empty where this one stands on the base itself."""
         return dict(self.base.merged()) if isinstance(self.base, AdaptedWeight) else {}
@@ -52,10 +64,11 @@ class FoldedWeight(AdaptedWeight):
         """The weight (float32, as `base.dequantize` lays it out: w_OI, or a stack) with what was trained folded in."""
 
     def merged(self) -> Iterator[tuple[str, Tensor]]:
-        """The weight as `merge` gives it; a method that changes the bias as well changes that too."""
+        """The weight as `merge` gives it, zero where a pruned one is; a method may change the bias as well."""
         below = self.below()
         weight = below.pop("weight", None)
-        yield "weight", self.merge(self.dequantize(torch.float32) if weight is None else weight)
+        merged, kept = self.merge(self.dequantize(torch.float32) if weight is None else weight), self.kept()
+        yield "weight", merged if kept is None else torch.where(kept, merged, 0)
         yield from below.items()
 
 

@@ -89,6 +89,7 @@ class FullLinear(AdaptedLinear):
         weight_OI = base.dequantize(torch.float32)
         self.stored = torch.float32 if self.packed else base.weight.dtype  # type: ignore[assignment]
         self.trained_weight = nn.Parameter(weight_OI.detach().clone())
+        _keep_zeros(self.trained_weight, base)
         bias = None if base.bias is None else nn.Parameter(base.bias.detach().to(torch.float32, copy=True))
         self.register_parameter("trained_bias", bias)
 
@@ -133,6 +134,7 @@ class FullExperts(AdaptedExperts):
         stack = base.dequantize(torch.float32)
         self.stored = torch.float32 if self.packed else base.weight.dtype  # type: ignore[assignment]
         self.trained_stack = nn.Parameter(stack.detach().clone())
+        _keep_zeros(self.trained_stack, base)
 
     def adapted(self, expert: int | Tensor) -> Any:
         """The trained weight of one expert, or an operand that adds what it has learnt to the packed one."""
@@ -175,6 +177,13 @@ class LearntWeight(LowRankWeight):
 def _learnt(trained: Tensor, base: FrozenWeight) -> Tensor:
     """W - W0: exactly zero before the first step."""
     return trained - base.dequantize(trained.dtype)  # type: ignore[operator]
+
+
+def _keep_zeros(trained: nn.Parameter, base: FrozenWeight) -> None:
+    """Give the zeros of a pruned base no gradient, by which optimizers leave them zero."""
+    if base.pruned:
+        stored: Any = base
+        trained.register_hook(lambda gradient: torch.where(stored.dequantize(torch.float32) != 0, gradient, 0))
 
 
 class LayersAdapter(WeightAdapter):

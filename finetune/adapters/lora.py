@@ -157,6 +157,12 @@ class LoRAAdapter(WeightAdapter):
         tied = f"{self.structure.embeddings}, whose weight is tied to {', '.join(self.torn)}, cannot change on its own"
         return tied if self.torn else ""
 
+    @property
+    def peft_obstacle(self) -> str:
+        """PEFT adds the product to zeros of a pruned base too."""
+        masked = any(module.pruned_base() is not None for module in self.adapted.values())
+        return "PEFT knows no masks, and this base was pruned" if masked else super().peft_obstacle
+
     def file_keys(self) -> dict[str, nn.Parameter]:
         """PEFT's names. Several parameters of one experts module nest there, the first of them innermost."""
         siblings: dict[str, list[str]] = {}

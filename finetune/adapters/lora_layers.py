@@ -57,13 +57,26 @@ class LoRALinear(AdaptedLinear):
     def adapted(self, x_BI: Tensor) -> Tensor:
         """base(x) + s B A dropout(x), in the dtype of x."""
         dropout = self.dropout if self.training else 0.0
-        factors = self.factors()
+        factors, kept_OI = self.factors(), self.kept()
+        if kept_OI is not None:
+            return self._masked(x_BI, kept_OI, dropout)
         if not isinstance(self.base, FrozenLinear):  # another adapter: the fused product knows stored weights alone
             a_RI, b_OR = (factor.to(x_BI.dtype) for factor in factors)
             low_BR = F.linear(F.dropout(x_BI, dropout), a_RI) * self.scaling
             y_BO: Tensor = self.base(x_BI)
             return y_BO + F.linear(low_BR, b_OR)
         return lora_linear(x_BI, self.base.bias, self.stored.operand(), *factors, self.scaling, dropout=dropout)
+
+    def _masked(self, x_BI: Tensor, kept_OI: Tensor, dropout: float) -> Tensor:
+        """The same with mask * (W + s B A), which is what a pruned weight merges into."""
+        a_RI, b_OR = self.factors()
+        delta_OI = torch.where(kept_OI, self.scaling * (b_OR @ a_RI), 0).to(x_BI.dtype)
+        if self.stored is self.base:
+            y_BO: Tensor = self.base(x_BI)
+        else:
+            w_OI = torch.where(kept_OI, self.stored.dequantize(x_BI.dtype), 0)
+            y_BO = F.linear(x_BI, w_OI, None if self.bias is None else self.bias.to(x_BI.dtype))
+        return y_BO + F.linear(F.dropout(x_BI, dropout), delta_OI)
 
     def merge(self, weight: Tensor) -> Tensor:
         """w_OI + s B A, in float32."""
@@ -141,16 +154,34 @@ class LowRankWeight:
 
     def apply(self, x_BI: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """`product(x, W)` + s B A dropout(x), in the dtype of x."""
+        if self.experts.pruned_base() is not None:
+            delta = self._delta().to(x_BI.dtype)
+            dropped_BI = self.experts.dropout(x_BI)
+            added_BO = dropped_BI @ delta if self.experts.transposed else F.linear(dropped_BI, delta)
+            return product(x_BI, self._stored()) + added_BO
         a_RI, b_OR = self.experts.factors(self.expert)
         a_BR = F.linear(self.experts.dropout(x_BI), a_RI.to(x_BI.dtype)) * self.experts.scaling
         return product(x_BI, self.experts.stored[self.expert]) + F.linear(a_BR, b_OR.to(x_BI.dtype))  # type: ignore[index]
 
     def dense(self) -> Tensor:
         """The sum, in the layout and dtype of the base's weight."""
+        base = self._stored()
+        return base + self._delta().to(base.dtype)
+
+    def _stored(self) -> Tensor:
+        """W in the layout of the base, with the zeros of a pruned one."""
+        weight: Tensor = self.experts.stored[self.expert]  # type: ignore[index]
+        return weight if self.experts.stored is self.experts.base else self._masked(weight)
+
+    def _delta(self) -> Tensor:
+        """s B A, the same."""
         a_RI, b_OR = self.experts.factors(self.expert)
-        base: Tensor = self.experts.stored[self.expert]  # type: ignore[index]
         delta_OI = self.experts.scaling * (b_OR @ a_RI)
-        return base + (delta_OI.T if self.experts.transposed else delta_OI).to(base.dtype)
+        return self._masked(delta_OI.T if self.experts.transposed else delta_OI)
+
+    def _masked(self, weight: Tensor) -> Tensor:
+        pruned = self.experts.pruned_base()
+        return weight if pruned is None else torch.where(torch.ne(pruned[self.expert], 0), weight, 0)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.dense(), name)

@@ -29,6 +29,7 @@ from finetune.adapters.own_format import own_settings
 from finetune.adapters.targets import ALL_LINEAR, check_embedding, check_targets, select
 from finetune.errors import ConfigError, ModelError
 from finetune.quant.base import FrozenExperts, FrozenLinear, FrozenWeight
+from finetune.quant.pruned import mark_pruned
 from finetune.structure import Projection, Structure, embedding_projection, head_projection, inspect
 
 
@@ -84,6 +85,7 @@ class WeightAdapter(AttachedAdapter):
         self.check()
         self.names = tuple(name for name, _ in model.named_modules())
         freeze_dense(model, self.structure, self.projections)
+        mark_pruned(model)
         model.requires_grad_(False)
         dtype = DTYPES[config.dtype]
         self.copies = build_copies(model, self.structure, whole, dtype)

@@ -44,7 +44,13 @@ QUANTIZERS: Registry[QuantConfig] = Registry("quant", "finetune.quant")
 
 
 class FrozenWeight(nn.Module, ABC):
-    """A frozen matrix, or a stack of them, in some storage format."""
+    """A frozen matrix, or a stack of them, in some storage format.
+
+    Attributes:
+        pruned: weights that are zero are to stay zero in whatever is made of this one (`finetune.quant.pruned`).
+    """
+
+    pruned: bool = False
 
     out_features: int
     in_features: int

@@ -1,4 +1,4 @@
-"""What `finetune quantize` is told: a tree of its own (conf/quantize.yaml), of model, quant, calibrator and text."""
+"""What `finetune quantize` is told: a tree of its own (conf/quantize.yaml) of model, quant, methods and text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from finetune.model.config import ModelConfig
 from finetune.quant.base import QuantConfig
 from finetune.quant.dense import DenseConfig
 from finetune.quant.keep import KeepConfig
+from finetune.quant.pruners.base import PrunerConfig
 from finetune.quant.rounders.base import CalibratorConfig
+from finetune.quant.rounders.rtn import RTNConfig
 from finetune.quant.transforms.base import TransformConfig
 from finetune.quant.transforms.none import NoTransformConfig
 
@@ -85,6 +87,7 @@ class QuantizeConfig:
     quant: QuantConfig = field(default_factory=QuantConfig)
     calibrator: CalibratorConfig = field(default_factory=CalibratorConfig)
     transform: TransformConfig = field(default_factory=NoTransformConfig)
+    pruner: PrunerConfig = field(default_factory=PrunerConfig)
     data: CalibrationConfig = field(default_factory=CalibrationConfig)
 
     def __post_init__(self) -> None:
@@ -94,8 +97,11 @@ class QuantizeConfig:
             raise ConfigError(f"device is {self.device!r}: expected auto, cpu, cuda, cuda:N, mps or xpu")
         if not self.max_shard_gb > 0:
             raise ConfigError(f"max_shard_gb is {self.max_shard_gb}: expected more than 0")
-        if isinstance(self.quant, DenseConfig | KeepConfig):
+        if isinstance(self.quant, KeepConfig) or (isinstance(self.quant, DenseConfig) and not self.pruner.prunes):
             raise ConfigError(f"quant={self.quant.name} stores nothing in fewer bits: expected nf4, int4, int8, ...")
+        if isinstance(self.quant, DenseConfig):
+            self._check_dense()
+        self.pruner.check_calibrator(self.calibrator)
         self.calibrator.check_format(self.quant)
         if self.quant.needs_inputs and self.data.calibration is None:
             raise ConfigError(
@@ -105,10 +111,23 @@ class QuantizeConfig:
             raise ConfigError(
                 f"calibrator={self.calibrator.name} looks at inputs: set data.calibration=FILE, or calibrator=rtn"
             )
+        if self.pruner.needs_inputs and self.data.calibration is None:
+            raise ConfigError(
+                f"pruner={self.pruner.name} looks at inputs: set data.calibration=FILE, or pruner=magnitude"
+            )
         if self.transform.needs_inputs and self.data.calibration is None:
             raise ConfigError(
                 f"transform={self.transform.name} looks at inputs: set data.calibration=FILE, or transform=none"
             )
+
+    def _check_dense(self) -> None:
+        """Refuse what has no say where nothing is rounded."""
+        for group, choice, idle in (
+            ("calibrator", self.calibrator.name, RTNConfig.name),
+            ("transform", self.transform.name, NoTransformConfig.name),
+        ):
+            if choice != idle:
+                raise ConfigError(f"quant=none rounds nothing, so {group}={choice} has no say: expected {group}={idle}")
 
     def target(self) -> Path:
         """The directory to write.

@@ -28,7 +28,7 @@ def collect(
         quality: from measure.py; None where there was no text to measure on.
     """
     rows = storage_table(model)
-    packed = [row for row in rows if not row.dense]
+    packed = [row for row in rows if not row.dense] or [row for row in rows if row.block]
     return {
         "format_version": FORMAT_VERSION,
         "bytes": sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()),
@@ -47,13 +47,17 @@ def table(record: dict[str, Any]) -> str:
 
     layers = sorted(record["layers"], key=lambda layer: -layer["error"])
     shown = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for column in (f"worst {min(WORST, len(layers))} of {len(layers)}", "error", "nearest", "ratio", "damping", "bits"):
+    pruned = any(layer["sparsity"] is not None for layer in layers)
+    simple = "magnitude" if pruned else "nearest"
+    columns = [f"worst {min(WORST, len(layers))} of {len(layers)}", "error", simple, "ratio", "damping", "bits"]
+    for column in [*columns, *(["zeros"] if pruned else [])]:
         shown.add_column(column, justify="left" if column.startswith("worst") else "right", no_wrap=True)
     for layer in layers[:WORST]:
         ratio = layer["error_rtn"] / layer["error"] if layer["error"] > 0 else 1.0
         damping = "-" if layer["damping"] is None else f"{layer['damping']:g}"
         errors = (f"{layer['error']:.2e}", f"{layer['error_rtn']:.2e}", f"{ratio:.2f}")
-        shown.add_row(layer["name"], *errors, damping, f"{layer['bits_per_weight']:.3f}")
+        zeros = [f"{layer['sparsity'] or 0:.2%}"] if pruned else []
+        shown.add_row(layer["name"], *errors, damping, f"{layer['bits_per_weight']:.3f}", *zeros)
     text = io.StringIO()
     Console(file=text, width=140).print(shown)
     lines = [line.rstrip() for line in text.getvalue().strip("\n").splitlines()]
@@ -61,11 +65,13 @@ def table(record: dict[str, Any]) -> str:
         f"{record['bits_per_weight']:.3f} bits a weight ({record['bits_per_weight_model']:.2f} over the whole model),"
         f" {record['bytes'] / 1e6:.1f} MB, {record['seconds']:.0f} s"
     )
+    if pruned:
+        lines.append(f"{record['sparsity']:.2%} of the weights of the blocks are zero")
     quality = record["quality"]
     if quality is not None:
         lines.append(
             f"held-out perplexity {_figure(quality['perplexity_dense'])} dense, {_figure(quality['perplexity'])}"
-            f" quantized; KL {_figure(quality['kl_mean'])} nats a token, same top token"
+            f" {'pruned' if pruned else 'quantized'}; KL {_figure(quality['kl_mean'])} nats a token, same top token"
             f" {_figure(quality['top1_agreement'])}, over {quality['tokens']} tokens"
         )
     return "\n".join(lines)

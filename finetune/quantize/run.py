@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune.device import check_device, make_accelerator, torch_dtype
 from finetune.errors import ConfigError
@@ -15,10 +14,19 @@ from finetune.export.directory import published, write_json
 from finetune.model.check import check_path, read_json
 from finetune.model.headers import Header, usual_dtype
 from finetune.quant.packed import PackedWeight
+from finetune.quant.pruned import KEY as PRUNED
 from finetune.quant.rounders.base import CALIBRATORS
 from finetune.quant.transforms.base import TRANSFORMS
 from finetune.quantize.config import QuantizeConfig
-from finetune.quantize.text import batches_of, check_text, read_text
+from finetune.quantize.pruning import check_pattern, pruner_of, settings, sparsity
+from finetune.quantize.text import check_text, read_text
+from finetune.training.signals import StopSignals
+
+if TYPE_CHECKING:
+    from finetune.quant.pruners.base import Pruner
+    from finetune.quant.transforms.base import Transform
+    from finetune.quantize.opening import Opened, Source
+    from finetune.structure.base import Structure
 
 DTYPES = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 """Names of safetensors for the dtypes that a dense checkpoint can be in."""
@@ -35,70 +43,116 @@ def quantize(config: QuantizeConfig) -> int:
     target = config.target()
     check_device(config.device)
     check_text(config.data)
+    if config.pruner.prunes:
+        pruner_of(config, {})
     headers = check_path(config.model)
-    with published(target) as work:
-        from finetune.quantize.report import table
+    from finetune.quantize.progress import Stopped
 
-        record = _make(config, headers, work)
-        print(table(record))
+    with StopSignals() as signals:
+        try:
+            record = _make(config, headers, target, signals)
+        except Stopped as stopped:
+            print(f"interrupted; the same command goes on after the last finished block of {target}")
+            return 128 + stopped.number
     print(f"{target}: read by {record['read_by']}; fine-tune it with `train.py model.path={config.output} quant=keep`")
     return 0
 
 
-def _make(config: QuantizeConfig, headers: list[Header], work: Path) -> dict[str, Any]:
-    """Fill the directory; what the report says."""
+def _make(config: QuantizeConfig, headers: list[Header], target: Path, signals: StopSignals) -> dict[str, Any]:
+    """Everything from the text to the published directory; what the report says."""
     from finetune.model.hub import fetch
-    from finetune.model.load import Task, context_length, load
+    from finetune.model.load import context_length, skeleton
     from finetune.model.pretrained import read_config, read_tokenizer
-    from finetune.quant.dense import DenseConfig
-    from finetune.quant.driver import Driver
-    from finetune.quantize.measure import Reference
-    from finetune.quantize.report import collect
-    from finetune.quantize.write import compressed, write
+    from finetune.quantize.opening import Source, opened
+    from finetune.quantize.report import table
+    from finetune.quantize.write import compressed
     from finetune.structure import inspect
 
     directory = fetch(config.model, weights=False)
     dtype = torch_dtype(_dtype(config, headers, directory))
+    pruner = pruner_of(config, read_json(directory / "config.json", ""))
+    if config.pruner.prunes:
+        check_pattern(config.pruner, inspect(skeleton(config.model)))
     tokenizer = read_tokenizer(directory, config.model)
     vocabulary = int(read_config(directory, config.model).get_text_config().vocab_size)
     text = read_text(config.data, tokenizer, vocabulary, context_length(config.model), config.quant)
-    device = str(make_accelerator(config.device).device)
-    # Fused modules multiply by weights without calling them, and so would hide what projections read.
-    base = replace(config.model, fused="off")
-    loaded = load(base, DenseConfig(), dtype, device, Task())
-    model, structure = loaded.model, inspect(loaded.model)
-    in_public = compressed(config.quant, structure)
+    source = Source(directory, headers, dtype, str(make_accelerator(config.device).device), text)
+    transform = TRANSFORMS.build(config.transform)
+
+    def in_public(structure: Structure) -> bool:
+        return compressed(config.quant, structure)
+
+    with opened(config, source, target, in_public, transform) as base, published(target) as work:
+        job = Job(config, base, source, tokenizer, in_public(base.structure), transform, pruner)
+        record = _quantize(job, work, signals)
+        print(table(record))
+    return record
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done, all checks passed."""
+
+    config: QuantizeConfig
+    base: Opened
+    source: Source
+    tokenizer: Any
+    in_public: bool
+    transform: Transform | None
+    pruner: Pruner | None
+
+
+def _quantize(job: Job, work: Path, signals: StopSignals) -> dict[str, Any]:
+    """Fill the directory; what the report says."""
+    from finetune.quant.driver import Driver
+    from finetune.quantize.progress import Progress
+    from finetune.quantize.report import collect
+    from finetune.quantize.write import write
+
+    config, base, transform, dtype = job.config, job.base, job.transform, job.source.dtype
 
     def prepare(module: PackedWeight) -> None:
-        if in_public and hasattr(module, "scale_dtype"):
+        if job.in_public and hasattr(module, "scale_dtype"):
             module.scale_dtype = dtype  # type: ignore[assignment]
 
     begun = time.perf_counter()
-    reference = Reference(model, text.eval) if text.eval else None
-    batches = [{k: v.to(device) if hasattr(v, "to") else v for k, v in b.items()} for b in batches_of(text.calibration)]
-    with Progress() as progress:
-        rounder = CALIBRATORS.build(config.calibrator)
-        transform = TRANSFORMS.build(config.transform)
-        layers = Driver(model, structure, config.quant, rounder, batches, progress.layer, prepare, transform).go()
-    quality = reference.compare(model) if reference is not None else None
+    with Progress(signals, len(base.resident.layers)) as progress:
+        layers = Driver(
+            base.model,
+            base.structure,
+            config.quant,
+            CALIBRATORS.build(config.calibrator),
+            base.batches,
+            progress.layer,
+            prepare,
+            transform,
+            job.pruner,
+            base.resident,
+        ).go()
+    quality = base.quality()
     source = ExportSource(
-        model=model,
+        model=base.model,
         adapter=None,
-        tokenizer=tokenizer,
-        base_path=loaded.base_path,
+        tokenizer=job.tokenizer,
+        base_path=base.base_path,
         dtype=dtype,
         quantization_config=None,
         max_shard_bytes=int(config.max_shard_gb * 1e9),
     )
-    read_by = write(source, config.quant, in_public, work)
-    record = collect(work, model, layers, quality)
+    reached = sparsity(layers, base.structure) if job.pruner is not None else 0.0
+    if config.pruner.prunes:
+        setattr(base.model.config, PRUNED, settings(config.pruner, reached))
+    read_by = write(source, config.quant, job.in_public, work, base.stored())
+    record = collect(work, base.model, layers, quality)
     record |= {
         "model": config.model.path,
-        "base": loaded.digests["base"],
+        "base": base.digest,
         "quant": asdict(config.quant),
         "calibrator": asdict(config.calibrator),
         "transform": asdict(config.transform) | ({} if transform is None else asdict(transform.summary)),
-        "calibration_tokens": sum(map(len, text.calibration)),
+        "pruner": asdict(config.pruner),
+        "sparsity": reached,
+        "calibration_tokens": sum(map(len, job.source.text.calibration)),
         "seconds": round(time.perf_counter() - begun, 3),
         "read_by": read_by,
     }
@@ -123,41 +177,3 @@ def _dtype(config: QuantizeConfig, headers: list[Header], directory: Path) -> st
             f" ({', '.join(DTYPES)})"
         )
     return DTYPES[stored] if config.dtype == "auto" else config.dtype
-
-
-class Progress:
-    """A bar on a terminal, a line a block's worth of projections elsewhere."""
-
-    def __init__(self) -> None:
-        self._bar: Any = None
-        self._task: Any = None
-        self._begun = time.perf_counter()
-        self._said = 0.0
-
-    def __enter__(self) -> Progress:
-        if sys.stdout.isatty():
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-            from rich.progress import Progress as Bar
-
-            self._bar = Bar(TextColumn("quantize"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-            self._bar.start()
-            self._task = self._bar.add_task("")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def layer(self, layer: Any, done: int, of: int) -> None:
-        """A projection is done."""
-        seconds = time.perf_counter() - self._begun
-        left = seconds / done * (of - done)
-        errors = f"error {layer.error:.2e} (nearest {layer.error_rtn:.2e})"
-        if self._bar is not None:
-            told = f"{layer.name}: {errors}, {left:.0f} s left"
-            self._bar.update(self._task, total=of, completed=done, description=told)
-        elif done == of or seconds - self._said >= 2:
-            self._said = seconds
-            print(f"quantized {done} of {of}: {layer.name}: {errors}, {left:.0f} s left", flush=True)
-        if layer.note:
-            print(f"{layer.name}: {layer.note}", flush=True)

@@ -26,8 +26,10 @@ from finetune.model.stored import quantization_config
 from finetune.quant.base import QUANTIZERS, FrozenLinear
 from finetune.quant.codebook4 import Codebook4Linear
 from finetune.quant.nf4 import NF4Config
-from finetune.quant.rounders.base import apply
+from finetune.quant.pruned import said_pruned
+from finetune.quant.rounders.base import Rounder, apply
 from finetune.quant.rounders.gptq import GPTQ
+from finetune.quant.rounders.zeros import ZerosKept
 from finetune.structure.inspect import projection_of
 
 MOST_BITS = 5.0
@@ -45,6 +47,7 @@ def write(source: ExportSource, directory: Path) -> Written:
     settings = next((module.settings() for module in four_bit.values()), NF4Config())
     default = NF4Config(block_size=settings.block_size, double_quant=settings.double_quant)
     calibration = _calibration(source, [name for name in frozen if name in targets and frozen[name] is not None])
+    rounder = ZerosKept(GPTQ()) if said_pruned(source.model.config) else GPTQ()
     untied = False
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
@@ -57,7 +60,8 @@ def write(source: ExportSource, directory: Path) -> Written:
                 continue
             projection = stock.projections.get(name)
             w_OI = weight.T if projection is not None and projection.transposed else weight
-            quantized = _nf4(four_bit.get(module), w_OI, default, calibration.gram(module) if calibration else None)
+            gram_II = calibration.gram(module) if calibration else None
+            quantized = _nf4(four_bit.get(module), w_OI, default, rounder, gram_II)
             state = quantized.state_dict(prefix=f"{module}.")
             yield from ((key, tensor) for key, tensor in state.items() if key.startswith(name))
 
@@ -99,7 +103,9 @@ def _calibration(source: ExportSource, modules: list[str]) -> Calibration | None
     return Calibration(source.model, modules, source.calibration, source.pad_id)
 
 
-def _nf4(stored: Codebook4Linear | None, w_OI: Tensor, default: NF4Config, gram_II: Tensor | None) -> Codebook4Linear:
+def _nf4(
+    stored: Codebook4Linear | None, w_OI: Tensor, default: NF4Config, rounder: Rounder, gram_II: Tensor | None
+) -> Codebook4Linear:
     """A weight in NF4; in the very codes of `stored` where it is NF4 and nothing changed."""
     if stored is not None and stored.codebook == "nf4":
         if torch.equal(w_OI.float(), stored.dequantize(torch.float32).to(w_OI.device)):
@@ -110,7 +116,7 @@ def _nf4(stored: Codebook4Linear | None, w_OI: Tensor, default: NF4Config, gram_
     if gram_II is None:
         quantized.store(w_OI)
     else:
-        apply(GPTQ(), quantized, w_OI, [gram_II])
+        apply(rounder, quantized, w_OI, [gram_II])
     return quantized
 
 

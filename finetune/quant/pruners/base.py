@@ -15,6 +15,7 @@ from torch import Tensor
 
 from finetune.errors import ConfigError
 from finetune.quant.grid import Grid
+from finetune.quant.rounders.base import CalibratorConfig
 from finetune.quant.rounders.zeros import MaskedGrid
 from finetune.registry import Registry
 
@@ -29,14 +30,21 @@ class PrunerConfig:
     """Which weights are set to zero. Sub-classes are registered in `PRUNERS`, one a method.
 
     Attributes:
+        prunes: whether it sets anything to zero.
         needs_inputs: whether it cannot work without calibration data.
-        chooses_codes: whether it takes the rounder's place where the format has codes.
     """
 
+    prunes: ClassVar[bool] = False
     needs_inputs: ClassVar[bool] = False
-    chooses_codes: ClassVar[bool] = False
 
     name: str = "base"
+
+    def check_calibrator(self, calibrator: CalibratorConfig) -> None:
+        """Refuse a rounder that cannot work beside this pruner.
+
+        Raises:
+            ConfigError: naming both.
+        """
 
 
 PRUNERS: Registry[PrunerConfig] = Registry("pruner", "finetune.quant.pruners")
@@ -52,6 +60,8 @@ class SparseConfig(PrunerConfig):
         pattern: "N:M" sets exactly N of every M consecutive inputs of each output to zero ("2:4", "4:8"; SparseGPT's
             way to say it); null leaves the choice free.
     """
+
+    prunes: ClassVar[bool] = True
 
     sparsity: float | None = None
     pattern: str | None = None
@@ -112,9 +122,13 @@ class Pruned:
 
 
 class Pruner(ABC):
-    """Sets weights of one matrix after the other to zero."""
+    """Sets weights of one matrix after the other to zero.
 
-    chooses_codes: bool = False
+    Attributes:
+        chooses_codes: whether it takes the rounder's place where the format has codes.
+    """
+
+    chooses_codes: ClassVar[bool] = False
 
     @abstractmethod
     def prune(self, w_OI: Tensor, gram_II: Tensor | None, grid: Grid | None = None) -> Pruned:

@@ -31,8 +31,12 @@ from finetune.quant.pruners.base import (
     seen,
 )
 from finetune.quant.pruners.magnitude import smallest_go
+from finetune.quant.rounders.base import CalibratorConfig
 from finetune.quant.rounders.gptq import COLUMNS, alive, inverse_factor, sweep
 from finetune.quant.rounders.zeros import MaskedGrid
+
+BESIDE = ("rtn", "gptq")
+"""Rounders that it stands in for; `calibrator.mse` of the second is honoured, its order of columns is not."""
 
 
 @dataclass
@@ -45,7 +49,6 @@ class SparseGPTConfig(SparseConfig):
     """
 
     needs_inputs: ClassVar[bool] = True
-    chooses_codes: ClassVar[bool] = True
 
     name: str = "sparsegpt"
     damping: float = 0.01
@@ -55,12 +58,19 @@ class SparseGPTConfig(SparseConfig):
         if not 0 < self.damping <= 1:
             raise ConfigError(f"pruner.damping is {self.damping}: expected a share above 0, at most 1")
 
+    def check_calibrator(self, calibrator: CalibratorConfig) -> None:
+        if calibrator.name not in BESIDE:
+            raise ConfigError(
+                f"pruner=sparsegpt chooses the codes itself, in GPTQ's sweep, so calibrator={calibrator.name} has no"
+                f" say: expected {' or '.join(f'calibrator={name}' for name in BESIDE)}"
+            )
+
 
 @PRUNERS.register(SparseGPTConfig)
 class SparseGPT(Pruner):
     """Mask, corrections and codes of a matrix in one sweep."""
 
-    chooses_codes = True
+    chooses_codes: ClassVar[bool] = True
 
     def __init__(self, config: SparseGPTConfig | None = None) -> None:
         self.config = config or SparseGPTConfig()
