@@ -44,6 +44,11 @@ class Codebook4Grid:
         """The grid of a weight as it is stored."""
         return cls(packed, reference.decode_absmax(*packed[1:]), codebook, block_size, shape)
 
+    def part(self, rows: slice) -> Self:
+        """Some rows of a matrix; the first and the last block may be shared with others."""
+        first, last, _ = rows.indices(self.shape[0])
+        return replace(self, shape=(last - first, self.shape[1]), start=self.start + first * self.shape[1])
+
     def expert(self, number: int) -> Self:
         """The part of one expert; its blocks may be shared with its neighbours."""
         matrix = self.shape[1:]

@@ -23,7 +23,7 @@ from finetune.quant.packed import PackedWeight
 from finetune.quant.pruners.apply import prune
 from finetune.quant.pruners.base import Pruner
 from finetune.quant.replay import Batch, Calls, inputs_of, reading_alike, watching
-from finetune.quant.resident import Resident
+from finetune.quant.resident import Resident, lay_out
 from finetune.quant.rounders.base import Rounder, apply
 from finetune.quant.rounders.rtn import RTN
 from finetune.quant.transforms.base import Transform
@@ -68,6 +68,8 @@ class Driver:
         self.batches, self.progress, self.prepare, self.transform = batches, progress, prepare, transform
         self.pruner, self.resident = pruner, resident or Resident()
         self.todo = [p for p in structure.projections if not p.dense]
+        for p in self.todo:
+            rounder.check_layer(p.name, p.out_features * p.experts, p.in_features)
         self.layers: list[Layer] = list(self.resident.layers)
 
     @torch.no_grad()
@@ -79,6 +81,10 @@ class Driver:
             ConfigError: where the head is to be quantized but shares its weight with the embeddings.
         """
         self.resident.begin(self.model, self.structure)
+        before = {layer.name for layer in self.layers}
+        for p in self.todo:
+            if p.name in before:
+                lay_out(self.model, self.quant, p, self.prepare)
         was_training = self.model.training
         self.model.eval()
         for stack in self.structure.stacks:

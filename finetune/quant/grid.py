@@ -28,6 +28,10 @@ class Grid(Protocol):
         """The float32 weights of codes of the columns from `first` on."""
         ...
 
+    def part(self, rows: slice) -> Self:
+        """Of a grid over a matrix, the part of some of its rows, without a step."""
+        ...
+
     def expert(self, number: int) -> Self:
         """Of a grid over a stack of experts, the part that belongs to one of them."""
         ...

@@ -24,6 +24,10 @@ class Int8Grid:
 
     absmax_O: Tensor
 
+    def part(self, rows: slice) -> Self:
+        """Some of the rows."""
+        return type(self)(self.absmax_O[rows])
+
     def expert(self, number: int) -> Self:
         """The rows of one expert."""
         return type(self)(self.absmax_O[number])

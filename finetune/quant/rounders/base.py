@@ -91,6 +91,14 @@ class Rounder(ABC):
             gram_II: sum of x x^T over the inputs, float32, on the same device, not all zero.
         """
 
+    def check_layer(self, name: str, out_features: int, in_features: int) -> None:
+        """Refuse a layer that would take this rounder too long; asked of each before the first is quantized.
+
+        Raises:
+            ConfigError: naming the layer and what to use.
+        """
+        return None
+
     def fit(self, module: PackedWeight, weight: Tensor) -> Grid:
         """The grid to choose codes on; by default the one that the format would choose.
 

@@ -94,7 +94,7 @@ def alive(gram_II: Tensor) -> Tensor:
     """
     diagonal_I = gram_II.diagonal()
     alive_I = diagonal_I > 0
-    return gram_II + torch.diag((~alive_I).float() * diagonal_I[alive_I].mean())
+    return gram_II + torch.diag((~alive_I).to(gram_II.dtype) * diagonal_I[alive_I].mean())
 
 
 def inverse_factor(gram_II: Tensor, damping: float) -> tuple[Tensor | None, float]:
@@ -106,7 +106,7 @@ def inverse_factor(gram_II: Tensor, damping: float) -> tuple[Tensor | None, floa
     mean, share = gram_II.diagonal().mean(), damping
     for step in STEPS:
         share = damping * step
-        damped = gram_II + torch.eye(len(gram_II), device=gram_II.device) * (share * mean)
+        damped = gram_II + torch.eye(len(gram_II), dtype=gram_II.dtype, device=gram_II.device) * (share * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if failed:
             continue
