@@ -76,7 +76,9 @@ class GPTQ(Rounder):
         order_I = torch.arange(len(gram_II), device=gram_II.device)
         if self.config.act_order:
             order_I = gram_II.diagonal().argsort(descending=True, stable=True)
-        factor_II, damping = inverse_factor(gram_II[order_I][:, order_I], self.config.damping)
+        gram_II = gram_II[order_I[:, None], order_I]
+        factor_II, damping = inverse_factor(gram_II, self.config.damping)
+        del gram_II
         if factor_II is None:
             return Choice(
                 grid.round_columns(w_OI, 0), None, f"H is singular up to damping {damping:g}: rounded to nearest"
@@ -94,11 +96,17 @@ def alive(gram_II: Tensor) -> Tensor:
     """
     diagonal_I = gram_II.diagonal()
     alive_I = diagonal_I > 0
-    return gram_II + torch.diag((~alive_I).to(gram_II.dtype) * diagonal_I[alive_I].mean())
+    if bool(alive_I.all()):
+        return gram_II
+    lively_II = gram_II.clone()
+    lively_II.diagonal().add_((~alive_I).to(gram_II.dtype) * diagonal_I[alive_I].mean())
+    return lively_II
 
 
 def inverse_factor(gram_II: Tensor, damping: float) -> tuple[Tensor | None, float]:
     """The upper Cholesky factor of the inverse, and the damping that it needed; None where it does not exist.
+
+    Takes room for one more matrix: factors and inverse take each other's place.
 
     Args:
         damping: share of the mean diagonal that is tried first.
@@ -106,13 +114,16 @@ def inverse_factor(gram_II: Tensor, damping: float) -> tuple[Tensor | None, floa
     mean, share = gram_II.diagonal().mean(), damping
     for step in STEPS:
         share = damping * step
-        damped = gram_II + torch.eye(len(gram_II), dtype=gram_II.dtype, device=gram_II.device) * (share * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        matrix_II = gram_II.clone()
+        matrix_II.diagonal().add_(share * mean)
+        failed = torch.empty((), dtype=torch.int32, device=gram_II.device)
+        torch.linalg.cholesky_ex(matrix_II, out=(matrix_II, failed))
         if failed:
             continue
-        factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not failed and bool(factor.isfinite().all()):
-            return factor, share
+        torch.cholesky_inverse(matrix_II, out=matrix_II)
+        torch.linalg.cholesky_ex(matrix_II, upper=True, out=(matrix_II, failed))
+        if not failed and bool(matrix_II.isfinite().all()):
+            return matrix_II, share
     return None, share
 
 
