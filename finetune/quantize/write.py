@@ -2,13 +2,14 @@
 
 - NF4, FP4 and int8 of linear layers: bitsandbytes' own keys.
 - 4 and 8 bit integers of linear layers, in whole groups, symmetric or with integer zero points: compressed-tensors.
+- Dense, where the model was pruned: a plain checkpoint.
 - Whatever else (2 and 3 bits, real zero points, short last groups, Conv1Ds in integers, stacks of experts): our keys,
   which stock transformers refuses by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +37,20 @@ def compressed(quant: QuantConfig, structure: Structure) -> bool:
     )
 
 
-def write(source: ExportSource, quant: QuantConfig, in_public: bool, directory: Path) -> str:
+Stored = Mapping[str, Iterable[tuple[str, Tensor]]]
+"""What is on disk already: by the name of a weight in the stock model, under which keys it is stored."""
+
+
+def write(
+    source: ExportSource, quant: QuantConfig, in_public: bool, directory: Path, stored: Stored | None = None
+) -> str:
     """Write a quantized model, its tokenizer and configuration; returns who reads it, in words.
 
     Args:
         source: the model, no adapter attached.
         quant: what its projections are stored in.
         in_public: as `compressed` said before they were.
+        stored: weights that are no longer in the model.
     """
     model = source.model
     stock = Stock.of(model)
@@ -54,36 +62,52 @@ def write(source: ExportSource, quant: QuantConfig, in_public: bool, directory: 
     if in_public:
         told: dict[str, Any] | None = compressed_format.stock_config(quant, kept)
     else:
-        told = quantization_config(quant, source.dtype, kept, stacks=bool(stacks))
+        conv1ds = any(isinstance(module, PackedLinear) and module.transposed for module in packed.values())
+        told = quantization_config(quant, source.dtype, kept, stacks=bool(stacks), conv1ds=conv1ds)
     _let_stacks_pass(stock.model, stacks)
-    write_weights(source, stock, _tensors(model, stock, source.dtype, in_public), directory)
+    tensors = (
+        each
+        for name in stock.names
+        for each in (stored or {}).get(name) or stock_tensors(model, stock, name, source.dtype, in_public)
+    )
+    write_weights(source, stock, tensors, directory)
     write_config(source, directory, untied=False, quantization_config=told)
     write_tokenizer(source, directory)
+    if not packed:
+        return "transformers, and finetune"
     method = (told or {}).get("quant_method")
+    vllm = getattr(quant, "bits", 8) in compressed_format.PACKED_BITS  # it has no kernels for other integers
     return {
         "bitsandbytes": "transformers + bitsandbytes, and finetune",
-        compressed_format.METHOD: "transformers or vLLM with compressed-tensors, and finetune",
+        compressed_format.METHOD: f"transformers{' or vLLM' if vllm else ''} with compressed-tensors, and finetune",
     }.get(str(method), "finetune alone: no public layout holds this storage")
 
 
-def _tensors(model: nn.Module, stock: Stock, dtype: torch.dtype, in_public: bool) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the checkpoint under its name in the stock model."""
-    for name in stock.names:
-        path, _, leaf = name.rpartition(".")
-        stack = frozen_at(model, name)
-        if isinstance(stack, PackedExperts):
-            yield from ((f"{name}.{key}", tensor) for key, tensor in stack.packed_state().items())
-            continue
-        linear = frozen_at(model, path) if path and leaf == "weight" else None
-        if isinstance(linear, PackedLinear):
-            if in_public and isinstance(linear, AffineLinear):
-                state = compressed_format.compressed_state(linear, dtype)
-            else:
-                state = linear.packed_state()
-            yield from ((f"{path}.{key}", tensor) for key, tensor in state.items())
-            continue
-        weight = stored_weight(model, name, stock.projections.get(name))
-        yield name, weight if weight.dtype == torch.float32 and _dense_in_fp32(model, path) else narrowed(weight, dtype)
+def stock_tensors(
+    model: nn.Module, stock: Stock, name: str, dtype: torch.dtype, in_public: bool
+) -> Iterator[tuple[str, Tensor]]:
+    """What the checkpoint holds of a weight of the stock model, by key: itself, or its codes and scales.
+
+    Args:
+        name: of the weight in the stock model.
+        dtype: of what is not quantized.
+        in_public: as `write`.
+    """
+    path, _, leaf = name.rpartition(".")
+    stack = frozen_at(model, name)
+    if isinstance(stack, PackedExperts):
+        yield from ((f"{name}.{key}", tensor) for key, tensor in stack.packed_state().items())
+        return
+    linear = frozen_at(model, path) if path and leaf == "weight" else None
+    if isinstance(linear, PackedLinear):
+        if in_public and isinstance(linear, AffineLinear):
+            state = compressed_format.compressed_state(linear, dtype)
+        else:
+            state = linear.packed_state()
+        yield from ((f"{path}.{key}", tensor) for key, tensor in state.items())
+        return
+    weight = stored_weight(model, name, stock.projections.get(name))
+    yield name, weight if weight.dtype == torch.float32 and _dense_in_fp32(model, path) else narrowed(weight, dtype)
 
 
 def _dense_in_fp32(model: nn.Module, path: str) -> bool:
