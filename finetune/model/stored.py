@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +12,8 @@ from finetune.model.affine_format import AffineCodes
 from finetune.model.awq_format import Awq
 from finetune.model.bnb_format import Bnb4bit
 from finetune.model.bnb_int8_format import BnbInt8
-from finetune.model.check import read_json
 from finetune.model.compressed_format import CompressedTensors
+from finetune.model.ggml_format import GgmlBlocks
 from finetune.model.gptq_format import Gptq
 from finetune.model.headers import Header
 from finetune.model.int_quantized_format import IntQuantized
@@ -26,6 +25,7 @@ FORMATS: tuple[StoredFormat, ...] = (
     Bnb4bit(),
     BnbInt8(),
     AffineCodes(),
+    GgmlBlocks(),
     CompressedTensors(),
     IntQuantized(),
     Gptq(),
@@ -34,8 +34,6 @@ FORMATS: tuple[StoredFormat, ...] = (
 METHOD = "finetune"
 """`quant_method` of a checkpoint that only we read; stock transformers refuses it by this name."""
 FORMAT_VERSION = 1
-BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
-"""Where AutoGPTQ and AutoAWQ wrote their settings before config.json had a place for them, and of which method."""
 
 
 class Storage:
@@ -45,32 +43,25 @@ class Storage:
         format: of its quantized weights.
         settings: of the checkpoint as ours.
         packed: the dtype that a packed weight is disguised as, by its name.
+        method: `quant_method` of the checkpoint.
     """
 
-    def __init__(self, form: StoredFormat, settings: QuantConfig, packed: dict[str, torch.dtype]) -> None:
-        self.format, self.settings, self.packed = form, settings, packed
+    def __init__(
+        self, form: StoredFormat, settings: QuantConfig, packed: dict[str, torch.dtype], method: str = METHOD
+    ) -> None:
+        self.format, self.settings, self.packed, self.method = form, settings, packed, method
 
-
-def told_of(directory: Path) -> dict[str, Any] | None:
-    """What a checkpoint says of its quantization, in config.json or in a file beside it; None where it says nothing.
-
-    Raises:
-        ModelError: where a file cannot be read.
-    """
-    told = read_json(directory / "config.json", f"{directory} is not a model: it has no config.json")
-    if isinstance(told.get("quantization_config"), dict):
-        return told["quantization_config"]
-    for name, method in BESIDE.items():
-        if (directory / name).exists():
-            return {"quant_method": method} | read_json(directory / name, "")
-    return None
+    def __str__(self) -> str:
+        """In words: the method, and the settings that it comes to."""
+        said = [f"{key}={value}" for key, value in asdict(self.settings).items() if key not in ("name", "head")]
+        return f"{self.method}, read as quant={self.settings.name} ({', '.join(said)})"
 
 
 def storage_of(told: dict[str, Any] | None, headers: list[Header], where: str) -> Storage | None:
     """How a checkpoint is stored, by what it says and by the headers of its shards; None for a dense one.
 
     Args:
-        told: from `told_of`.
+        told: from `check.told_of`.
         where: the checkpoint, for messages.
 
     Raises:
@@ -97,7 +88,7 @@ def storage_of(told: dict[str, Any] | None, headers: list[Header], where: str) -
     form = found[0].of(told or {})
     settings = form.settings(told or {}, held, where)
     weights = {form.weight_of(mark) for mark in form.marks(held)}
-    return Storage(form, settings, {name: form.disguise(held[name][1]) for name in weights if name in held})
+    return Storage(form, settings, {name: form.disguise(held[name][1]) for name in weights if name in held}, method)
 
 
 def quantization_config(
