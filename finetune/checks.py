@@ -40,7 +40,7 @@ def check_files(config: RunConfig) -> None:
     from finetune.data.sources import check_sources
     from finetune.export.config import AUTO
     from finetune.export.formats import chosen
-    from finetune.model.load import check_path, context_length
+    from finetune.model.load import check_path, check_storage, context_length
     from finetune.training.run_directory import check_output
 
     if config.export.formats != AUTO:
@@ -49,6 +49,7 @@ def check_files(config: RunConfig) -> None:
     if config.output_dir is not None and os.environ.get("RANK", "0") == "0":  # the others follow rank 0 into it
         check_output(config.output_dir)
     headers = check_path(config.model)
+    check_storage(config.model, config.quant)
     check_adapter(config.adapter)
     config.adapter.check_base(config.quant)
     if config.adapter.path is None:

@@ -6,6 +6,7 @@ its proof, 130/143 interrupted with a checkpoint, 1 a bug of ours.
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 import traceback
@@ -169,12 +170,30 @@ def _own(overrides: list[str]) -> list[str]:
 
 
 def _restored(config: DictConfig, overrides: list[str]) -> DictConfig:
-    """The configuration of the run to go on with, where `resume` names one."""
+    """The configuration of the run to go on with, where `resume` names one; else as composed, with `_kept`."""
     from finetune.config import load_config, resumed
 
     if not config.resume:
-        return config
+        return _kept(config, overrides)
     return resumed(load_config(Path(config.resume) / "config.yaml"), config, overrides, config.resume)
+
+
+def _kept(config: DictConfig, overrides: list[str]) -> DictConfig:
+    """The configuration with quant=keep where the base is quantized already and nobody chose a storage."""
+    from omegaconf import OmegaConf
+
+    from finetune.model.check import local_directory, told_of
+    from finetune.model.config import ModelConfig
+    from finetune.quant.keep import KeepConfig
+
+    if any(override.lstrip("+~").startswith(("quant=", "quant.", "experiment=")) for override in overrides):
+        return config
+    directory = local_directory(ModelConfig(path=str(config.model.path)))
+    if directory is None or not (directory / "config.json").is_file() or told_of(directory) is None:
+        return config
+    config = copy.deepcopy(config)
+    config.quant = OmegaConf.structured(KeepConfig)
+    return config
 
 
 def run(config: DictConfig) -> float | None:
@@ -234,7 +253,8 @@ def doctor(arguments: list[str]) -> int:
     from finetune.doctor import report
 
     config_dir = CHECKOUT_CONFIGS if CHECKOUT_CONFIGS.joinpath("train.yaml").is_file() else PACKAGED_CONFIGS
-    print(report(to_run_config(compose_config(arguments, config_dir.resolve())) if arguments else None))
+    tree = compose_config(arguments, config_dir.resolve()) if arguments else None
+    print(report(None if tree is None else to_run_config(_kept(tree, arguments))))
     return 0
 
 

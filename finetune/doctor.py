@@ -118,11 +118,12 @@ def describe(config: RunConfig) -> list[str]:
         ModelError: where the configuration cannot be read, or makes no model that could be trained.
     """
     from finetune.adaptation import describe as adapted
-    from finetune.model.check import check_path
     from finetune.model.exchange import candidates
+    from finetune.model.load import check_path, check_storage
     from finetune.structure import inspect
 
     check_path(config.model)
+    check_storage(config.model, config.quant)
     model, task = _empty(config)
     structure = inspect(model)
     weights = sum(p.numel() for p in model.parameters())
@@ -143,7 +144,10 @@ def _storage(config: RunConfig, share: float) -> str:
     if config.quant.name in ("none", "dense"):
         return "everything stays in 16 or 32 bits"
     if config.quant.name == "keep":
-        return "as the checkpoint stores it"
+        from finetune.model.load import storage
+
+        stored = storage(config.model)
+        return f"as the checkpoint stores it{f': {stored}' if stored else ''}"
     return f"stores {share:.1%} of the weights; embeddings, norms, routers and heads stay in 16 or 32 bits"
 
 

@@ -153,14 +153,12 @@ class Runner:
         from finetune.adapters.provenance import check_provenance
         from finetune.checks import export_formats, task_of
         from finetune.export.directory import published
-        from finetune.model.load import load
+        from finetune.model.load import load, storage
 
         config = self.config
         self.run.imports_done()
-        say(
-            self.accelerator,
-            f"loading {config.model.path} ({config.quant.name}, {self.dtype} on {self.accelerator.device})",
-        )
+        how = (storage(config.model) if config.quant.name == "keep" else None) or config.quant.name
+        say(self.accelerator, f"loading {config.model.path} ({how}, {self.dtype} on {self.accelerator.device})")
         task = task_of(config)
         torch.manual_seed(config.seed)  # a head that the checkpoint lacks is drawn while it loads
         device = str(self.accelerator.device)

@@ -25,6 +25,8 @@ TOKENIZERS = (
     "tekken.json",
     "tokenizer_config.json",
 )
+BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+"""Where AutoGPTQ and AutoAWQ wrote their settings before config.json had a place for them, and of which method."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -148,6 +150,21 @@ def read_json(path: Path, missing: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ModelError(f"{path} holds a JSON {type(value).__name__}: expected an object")
     return value
+
+
+def told_of(directory: Path) -> dict[str, Any] | None:
+    """What a checkpoint says of its quantization, in config.json or in a file beside it; None where it says nothing.
+
+    Raises:
+        ModelError: where a file cannot be read.
+    """
+    told = read_json(directory / "config.json", f"{directory} is not a model: it has no config.json")
+    if isinstance(told.get("quantization_config"), dict):
+        return told["quantization_config"]
+    for name, method in BESIDE.items():
+        if (directory / name).exists():
+            return {"quant_method": method} | read_json(directory / name, "")
+    return None
 
 
 def _no_weights(directory: Path) -> str:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.model.check import check_directory, check_path, local_directory, read_json
+from finetune.model.check import check_directory, check_path, local_directory, read_json, told_of
 from finetune.model.config import ModelConfig
 from finetune.model.task import CAUSAL_LM, Task
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from finetune.adapters.base import Originals
     from finetune.model.headers import Header
     from finetune.model.loading import Loading
+    from finetune.model.stored import Storage
     from finetune.quant.base import QuantConfig
 
 __all__ = ["Loaded", "Task", "check_path", "context_length", "load", "resolve"]
@@ -93,7 +94,7 @@ def load(model: ModelConfig, quant: QuantConfig, dtype: torch.dtype, device: str
     from finetune.model import digest, pretrained
     from finetune.model.describe import storage_notes
     from finetune.model.hub import fetch
-    from finetune.model.stored import storage_of, told_of
+    from finetune.model.stored import storage_of
 
     directory = fetch(model)
     headers = check_directory(directory)
@@ -223,6 +224,28 @@ def skeleton(model: ModelConfig, task: Task = CAUSAL_LM) -> Any:
     if task.judges_rows and local_directory(model) is not None:
         _check_head(empty, task, directory, check_directory(directory))
     return empty
+
+
+def storage(model: ModelConfig) -> Storage | None:
+    """How a checkpoint on this machine is stored, by its files; None where it is dense, or not here.
+
+    Raises:
+        ModelError: for a storage that we do not read.
+    """
+    from finetune.model.stored import storage_of
+
+    directory = local_directory(model)
+    return None if directory is None else storage_of(told_of(directory), check_directory(directory), str(directory))
+
+
+def check_storage(model: ModelConfig, quant: QuantConfig) -> None:
+    """Refuse settings that a checkpoint stored otherwise cannot honour, before it is loaded.
+
+    Raises:
+        ModelError: naming both.
+    """
+    stored = storage(model)
+    _settings(quant, stored.settings if stored else None, f"model.path={model.path}")
 
 
 def stored_config(model: ModelConfig) -> dict[str, Any]:

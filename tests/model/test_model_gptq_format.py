@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from finetune.adapters.base import ADAPTERS
 from finetune.adapters.lora import LoRAConfig
 from finetune.adapters.qa_lora import QALoRAConfig
+from finetune.cli import doctor, guarded
 from finetune.errors import ConfigError, ModelError
 from finetune.kernels import operand
 from finetune.model.config import ModelConfig
@@ -285,6 +286,24 @@ def test_qa_lora_wants_groups_that_are_runs(checkpoint: Checkpoint, tmp_path: Pa
     loaded = read(write(checkpoint(), tmp_path / "q", change=change).path)
     with pytest.raises(ConfigError, match=r"adapter=qa_lora needs a base stored in groups, and .* is not"):
         ADAPTERS.build(QALoRAConfig(rank=2), loaded.model)
+
+
+@pytest.mark.parametrize(
+    ("choice", "words"),
+    [
+        ([], "quant=keep: as the checkpoint stores it: gptq, read as quant=int4 (group_size=32, symmetric=False,"),
+        (["quant=nf4"], "quant=nf4 conflicts with"),
+        (["quant=int4", "quant.group_size=64"], "quant.group_size=64 conflicts with"),
+    ],
+    ids=str,
+)
+def test_the_command_line_keeps_it_where_nobody_chose_otherwise(
+    checkpoint: Checkpoint, tmp_path: Path, choice: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    packed = write(checkpoint(), tmp_path / "q")
+    assert guarded(lambda: doctor([f"model.path={packed.path}", *choice])) == (2 if choice else 0)
+    told = capsys.readouterr()
+    assert words in (told.err if choice else told.out)
 
 
 def broken(tensors: dict[str, torch.Tensor], key: str) -> dict[str, torch.Tensor]:
