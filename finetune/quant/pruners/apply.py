@@ -1,7 +1,8 @@
 """Prune a weight and store what is left: in a dense module, or in codes that hold its zeros exactly.
 
-A pruner that chooses codes does so in its own sweep; for any other the pruned weight is rounded as every weight is,
-its zeros kept (quant/rounders/zeros.py).
+A pruner that chooses codes does so in its own sweep, on the grid that spans what it would leave without codes: what it
+corrects grows beyond the weights that were there. For any other the pruned weight is rounded as every weight is, its
+zeros kept (quant/rounders/zeros.py).
 
 Shape suffixes: E experts, O out features, I in features.
 """
@@ -61,24 +62,22 @@ def prune(
     laid = (weight.mT if turned else weight).to(next(module.parameters()).device)
     matrices = list(laid.float()) if laid.dim() == 3 else [laid.float()]
     grams = [None if gram is None else gram.to(matrices[0]) for gram in grams] or [None] * len(matrices)
-    grids: Sequence[Grid | None] = [None] * len(matrices)
-    if packed is not None:
-        packed.store(weight)
-        grid = rounder.fit(packed, laid)
-        grids = [grid.expert(number) for number in range(len(matrices))] if laid.dim() == 3 else [grid]
-    asked = grids if pruner.chooses_codes else [None] * len(matrices)
-    results = [pruner.prune(*each) for each in zip(matrices, grams, asked, strict=True)]
+    results = [pruner.prune(w_OI, gram_II) for w_OI, gram_II in zip(matrices, grams, strict=True)]
     damping, notes = _told(results)
     pruned = torch.stack([result.w_OI for result in results]).view_as(laid)
-    pruned = pruned.mT if turned else pruned
-    codes = [result.codes_OI for result in results if result.codes_OI is not None]
+    grids: Sequence[Grid | None] = [None] * len(matrices)
     if packed is None:
-        module.store(pruned.to(weight.dtype))
-    elif codes:
-        packed.take(grid, torch.stack(codes).view_as(laid))
+        module.store((pruned.mT if turned else pruned).to(weight.dtype))
     else:
-        inner = rounders.apply(ZerosKept(rounder), packed, pruned, grams)
-        damping, notes = inner.damping, [*notes, *filter(None, [inner.note])]
+        packed.store(pruned.mT if turned else pruned)
+        grid = rounder.fit(packed, pruned)
+        grids = [grid.expert(number) for number in range(len(matrices))] if laid.dim() == 3 else [grid]
+        if pruner.chooses_codes:
+            chosen = [pruner.prune(*each).codes_OI for each in zip(matrices, grams, grids, strict=True)]
+            packed.take(grid, torch.stack([codes_OI for codes_OI in chosen if codes_OI is not None]).view_as(laid))
+        else:
+            inner = rounders.apply(ZerosKept(rounder), packed, pruned.mT if turned else pruned, grams)
+            damping, notes = inner.damping, [*notes, *filter(None, [inner.note])]
     decoded = module.dequantize(torch.float32)
     decoded = (decoded.mT if turned else decoded).view(len(matrices), *laid.shape[-2:])
     errors = _errors(pruner, matrices, decoded, grams, grids)

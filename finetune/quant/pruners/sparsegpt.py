@@ -101,7 +101,8 @@ class _Sweep:
         self, config: SparseGPTConfig, w_OI: Tensor, factor_II: Tensor, alive_I: Tensor, grid: Grid | None
     ) -> None:
         self.config, self.factor_II, self.grid = config, factor_II, grid
-        self.w_IO = w_OI.T.contiguous()  # a column then lies in one piece
+        # A column then lies in one piece; always a copy, also of what is laid out so already.
+        self.w_IO = w_OI.T.clone(memory_format=torch.contiguous_format)
         self.kept_IO = torch.ones_like(self.w_IO, dtype=torch.bool)
         self.weight_I = alive_I / factor_II.diagonal()
         self.gone = 0
