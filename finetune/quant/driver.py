@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from finetune.quant.base import FrozenLinear, QuantConfig
-from finetune.quant.dense import DenseExperts, DenseLinear
-from finetune.quant.freeze import empty_frozen, freeze
+from finetune.quant.dense import DenseConfig, DenseExperts, DenseLinear
+from finetune.quant.freeze import empty_frozen, freeze, head_of, replace_projection
 from finetune.quant.gram import Gram
 from finetune.quant.layer import Layer
 from finetune.quant.packed import PackedWeight
@@ -49,6 +49,9 @@ class Driver:
         pruner: sets weights to zero before, or while, codes are chosen.
         resident: brings the blocks into memory, and knows what an earlier run has finished; by default the whole model
             is in memory.
+
+    Raises:
+        ConfigError: where the head is to be quantized but shares its weight with the embeddings.
     """
 
     def __init__(
@@ -68,17 +71,17 @@ class Driver:
         self.batches, self.progress, self.prepare, self.transform = batches, progress, prepare, transform
         self.pruner, self.resident = pruner, resident or Resident()
         self.todo = [p for p in structure.projections if not p.dense]
+        self.heads = list(head_of(model, quant, structure))
         for p in self.todo:
             rounder.check_layer(p.name, p.out_features * p.experts, p.in_features)
         self.layers: list[Layer] = list(self.resident.layers)
 
     @torch.no_grad()
     def go(self) -> list[Layer]:
-        """Quantize every projection of the blocks, and the head where the format says so.
+        """Quantize every projection of the blocks, and the head, to nearest, where the format says so.
 
         Raises:
             ModelError: when a weight is not finite.
-            ConfigError: where the head is to be quantized but shares its weight with the embeddings.
         """
         self.resident.begin(self.model, self.structure)
         before = {layer.name for layer in self.layers}
@@ -93,9 +96,12 @@ class Driver:
         for p in self.todo:
             if p.name not in done:
                 self._quantize(p, [None] * p.experts if self.batches else [])
+        for p in self.heads:
+            replace_projection(self.model, DenseConfig(), p)
+            self._quantize(p, [])
         freeze(self.model, self.quant, replace(self.structure, projections=()))
         self.model.train(was_training)
-        order = [p.name for p in self.todo]
+        order = [p.name for p in (*self.todo, *self.heads)]
         return sorted(self.layers, key=lambda layer: order.index(layer.name))
 
     def _stack(self, blocks: Sequence[str]) -> None:
@@ -167,7 +173,7 @@ class Driver:
                 frozen.see_inputs(grams[0].largest if grams and grams[0] is not None else None)
         matrices = [None if gram is None else gram.matrix_II for gram in grams]
         rounder, w, sparsity = self.rounder if grams else RTN(), dense.dequantize(weight.dtype), None
-        if self.pruner is not None:
+        if self.pruner is not None and p not in self.heads:
             outcome = prune(self.pruner, rounder, frozen, w, matrices)
             result, sparsity = outcome.rounded, outcome.sparsity
         else:
@@ -188,4 +194,4 @@ class Driver:
             sparsity,
         )
         self.layers.append(layer)
-        self.progress(layer, len(self.layers), len(self.todo))
+        self.progress(layer, len(self.layers), len(self.todo) + len(self.heads))

@@ -28,7 +28,7 @@ def freeze(model: nn.Module, config: QuantConfig, structure: Structure) -> None:
     Raises:
         ConfigError: when the head is to be quantized but shares its weight with the embeddings.
     """
-    for projection in [*structure.projections, *_head(model, config, structure)]:
+    for projection in [*structure.projections, *head_of(model, config, structure)]:
         replace_projection(model, config, projection)
     if any(p.kind == "experts" for p in structure.projections):
         read_experts_one_by_one(model)
@@ -88,8 +88,12 @@ def read_experts_one_by_one(model: nn.Module) -> None:
         choose("eager")
 
 
-def _head(model: nn.Module, config: QuantConfig, structure: Structure) -> Iterator[Projection]:
-    """The output head as a projection, where the config asks for it."""
+def head_of(model: nn.Module, config: QuantConfig, structure: Structure) -> Iterator[Projection]:
+    """The output head as a projection, where the config asks for it.
+
+    Raises:
+        ConfigError: where it shares its weight with the embeddings.
+    """
     if not getattr(config, "head", False) or structure.head is None:
         return
     if structure.tied:
