@@ -68,6 +68,12 @@ def dequantize_w8a8(codes_OI: Tensor, scale: Tensor, shape: list[int], dtype: to
     return torch.ops.finetune.dequantize_w8a8(codes_OI, scale, shape, dtype)
 
 
+def linear_w8a8(x_BI: Tensor, bias_O: Tensor | None, codes_OI: Tensor, scale: Tensor) -> Tensor:
+    """`x_BI @ w_OI.T + bias_O` in the dtype of `x_BI`, which is left as it is; as `integer_linear` otherwise."""
+    x_BI, bias_O = autocast(x_BI, bias_O)
+    return torch.ops.finetune.linear_w8a8(x_BI, bias_O, codes_OI, scale, codes_OI.shape[0])
+
+
 def integer_linear(
     x_BI: Tensor,
     bias_O: Tensor | None,

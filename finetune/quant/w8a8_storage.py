@@ -82,7 +82,7 @@ class Integer(PackedWeight):
         weight: int8 [.., O, I].
         weight_scale: float32 [.., O, 1], or one for the matrix ([1]) or for each expert ([E, 1, 1]).
         input_scale: float32 [1] once a static scale is known; else None.
-        inputs: token | tensor | static: how inputs are rounded.
+        inputs: token | tensor | static | none: how inputs are rounded; none only while `uncoupled`.
     """
 
     stored = ("weight", "weight_scale", "input_scale")
@@ -136,8 +136,8 @@ class Integer(PackedWeight):
 
     @contextmanager
     def uncoupled(self) -> Iterator[None]:
-        """By token: the largest input of a call decides how all its rows are rounded."""
-        inputs, self.inputs = self.inputs, "token"
+        """Weight-only: with one scale for a call the largest input in it decides how all its rows are rounded."""
+        inputs, self.inputs = self.inputs, "none"
         try:
             yield
         finally:

@@ -229,7 +229,7 @@ def test_adapters_train_on_a_static_base(made: Made) -> None:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.3
 
 
