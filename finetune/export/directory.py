@@ -106,10 +106,13 @@ class ShardWriter:
         if not self._pending:
             return
         path = self._draft(len(self._shards))
+        path.touch()
+        mode = path.stat().st_mode  # as of any new file; safetensors 0.8 puts one in its place that only we could read
         try:
             save_file(self._pending, path, metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(f"{path} cannot be written: {error}") from error
+        path.chmod(mode)
         self._shards.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
 
