@@ -1,7 +1,7 @@
 """The oracle of gradients: the same model and adapter in float64, over the weights that the base decodes to.
 
-A base that rounds activations (LLM.int8()) is given the codes and outliers that the float32 model met, so that no value
-falls on the other side of a rounding boundary; the gradient passes straight through.
+A base that rounds activations (LLM.int8(), w8a8) is given the codes and outliers that the float32 model met, so that no
+value falls on the other side of a rounding boundary; the gradient passes straight through.
 
 Shape suffixes: B leading dimensions, N rows (B flattened), O out features, I in features.
 """
@@ -15,11 +15,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from finetune.kernels import int8
+from finetune.kernels import int8, w8a8
 from finetune.kernels.operand import Operand, register_format
 from finetune.quant.base import QUANTIZERS, FrozenWeight
 from finetune.quant.dense import DenseConfig, DenseLinear
 from finetune.quant.int8 import Int8Linear
+from finetune.quant.w8a8 import IntegerLinear
 from finetune.structure import Projection, inspect
 
 
@@ -59,6 +60,22 @@ def rounded(x_BI: Tensor, threshold: float) -> Tensor:
     return met_NI.view(x_BI.shape)
 
 
+def in_integers(x_BI: Tensor, layer: IntegerLinear) -> Tensor:
+    """What a layer of w8a8 or w6a6 makes of an input, in float64: codes times their scale."""
+    x_NI, most = x_BI.flatten(0, -2), w8a8.levels(layer.bits)
+    scale = w8a8.input_scale(x_NI, layer.bits, layer.inputs == "token", layer.input_scale)
+    return (w8a8.round_to(x_NI, scale, -most - 1, most).double() * scale.double()).view(x_BI.shape)
+
+
+def what_it_meets(layer: nn.Module, x_BI: Tensor) -> Tensor | None:
+    """The input that a layer multiplies after rounding; None where it rounds none."""
+    if isinstance(layer, IntegerLinear):
+        return in_integers(x_BI, layer)
+    if isinstance(layer, Int8Linear) and layer.threshold > 0:
+        return rounded(x_BI, layer.threshold)
+    return None
+
+
 @contextmanager
 def meetings(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Within it the inputs that layers with rounded activations meet are kept, by the name of the projection.
@@ -70,11 +87,13 @@ def meetings(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     for p in inspect(model).projections:
         module = model.get_submodule(p.name)
         base = getattr(module, "base", module)
-        if isinstance(base, Int8Linear) and base.threshold > 0:
 
-            def keep(_module: nn.Module, args: tuple, name: str = p.name, layer: Int8Linear = base) -> None:
-                found[name] = rounded(args[0].detach(), layer.threshold)
+        def keep(_module: nn.Module, args: tuple, name: str = p.name, layer: nn.Module = base) -> None:
+            met = what_it_meets(layer, args[0].detach())
+            if met is not None:
+                found[name] = met
 
+        if isinstance(base, Int8Linear | IntegerLinear):
             handles += [each.register_forward_pre_hook(keep) for each in dict.fromkeys((module, base))]
     try:
         yield found

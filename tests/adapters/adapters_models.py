@@ -27,6 +27,7 @@ from finetune.quant.fp4 import FP4Config
 from finetune.quant.freeze import freeze
 from finetune.quant.int8 import Int8Config
 from finetune.quant.nf4 import NF4Config
+from finetune.quant.w8a8 import W8A8Config
 from finetune.registry import Registry
 from finetune.structure import inspect
 
@@ -39,6 +40,7 @@ QUANTS: dict[str, Callable[[], QuantConfig]] = {
     "int8": functools.partial(Int8Config, threshold=2.0),  # low, so that small models have outliers too
     "int8g": Int8gConfig,
     "int4": functools.partial(Int4Config, group_size=32),
+    "w8a8": W8A8Config,
 }  # fmt: skip
 
 COMMON = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
