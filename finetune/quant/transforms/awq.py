@@ -6,8 +6,8 @@ the mean magnitude of a channel and u that of its weights (each as a share of th
 
     s = x^a / u^(1 - a)        s / sqrt(max s * min s)
 
-(without u: s = x^a, as in the paper; with u as in AutoAWQ and llm-compressor, "duo scaling"). The exponent a is the one
-of 0, 1/20, .. 19/20 that leaves the least squared error of the outputs of all that read the tensor,
+("duo", as in AutoAWQ and llm-compressor; the paper's own formula is s = x^a). The exponent a is the one of 0, 1/20, ..
+19/20 that leaves the least squared error of the outputs of all that read the tensor,
 tr((Q(W s)/s - W) H (Q(W s)/s - W)^T), on the very grid on which the weights will be stored; s = 1 where none is better.
 Experts that feed experts have factors of their own. Any rounder may follow.
 
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from finetune.errors import ConfigError, nearest
 from finetune.quant.base import QuantConfig
 from finetune.quant.dense import DenseExperts, DenseLinear
 from finetune.quant.freeze import empty_frozen
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 POINTS = 20
 """Exponents that are tried."""
+FORMULAS = ("both", "paper", "duo")
 LEAST = 1e-4
 """Of a factor, before all of them are divided by the middle of their range."""
 
@@ -47,11 +49,18 @@ class AWQConfig(TransformConfig):
     """Settings of AWQ.
 
     Attributes:
-        duo_scaling: divide by the weights' own size; false is the paper's formula, of inputs alone.
+        formula: paper (of inputs alone), duo (inputs and the weights' own size), or both: whichever errs less.
     """
 
     name: str = "awq"
-    duo_scaling: bool = True
+    formula: str = "both"
+
+    def __post_init__(self) -> None:
+        if self.formula not in FORMULAS:
+            known = " | ".join(FORMULAS)
+            raise ConfigError(
+                f"transform.formula is {self.formula!r}: expected {known}{nearest(self.formula, FORMULAS)}"
+            )
 
 
 @TRANSFORMS.register(AWQConfig)
@@ -70,12 +79,12 @@ class AWQ(Transform):
             readers = [by_name[name] for name in scaling.readers if name in quantized]
             seen = gather(driver.model, scaling, by_name, forward, grams=True) if readers else Statistics()
             trial = _Trial(driver, scaling, readers, seen)
-            found = trial.best(self.config.duo_scaling) if readers else None
+            found = trial.best(self.config.formula) if readers else None
             if found is None:
                 continue
-            by_I, before, after, exponents = found
-            fold(driver.model, scaling, by_I)
-            self.summary.folded[scaling.source] = {"exponent": exponents, "error": after, "error_unscaled": before}
+            fold(driver.model, scaling, found.by)
+            figures = {"exponent": found.exponents, "error": found.error, "error_unscaled": found.error_unscaled}
+            self.summary.folded[scaling.source] = figures
 
 
 class _Reader(NamedTuple):
@@ -92,6 +101,21 @@ class _Reader(NamedTuple):
     module: PackedWeight
     channels: list[Channels | None]
     dtype: torch.dtype
+
+
+class _Found(NamedTuple):
+    """The outcome of a search.
+
+    Attributes:
+        by: the factors, [I] or [E, I].
+        error_unscaled, error: relative squared error of the outputs, without and with them.
+        exponents: that were chosen, one or one for each expert; None for 1 throughout.
+    """
+
+    by: Tensor
+    error_unscaled: float
+    error: float
+    exponents: list[float | None]
 
 
 class _Trial:
@@ -116,28 +140,29 @@ class _Trial:
             weight = module.codes_layout(dense.dequantize(torch.float32))
             self.readers.append(_Reader(weight, module, seen.experts.get(p.name, [seen.plain]), dtype))
 
-    def best(self, duo: bool) -> tuple[Tensor, float, float, float | list[float]] | None:
-        """The factors, the relative error without and with them, and the exponents; None where none is better."""
+    def best(self, formula: str) -> _Found | None:
+        """The factors that err least; None where none errs less than leaving the tensor as it is."""
         mean = self._means()
         if mean is None:
             return None
-        size = self._sizes() if duo else torch.ones_like(mean)
+        size = self._sizes() if formula != "paper" else mean
         least = unscaled = self._errors(torch.ones_like(mean))
-        factors, chosen = torch.ones_like(mean), torch.full_like(least, -1.0)
-        for point in range(POINTS):
-            exponent = point / POINTS
-            by = self._normalised(mean.pow(exponent) / (size.pow(1 - exponent) + (LEAST if duo else 0.0)))
-            errors = self._errors(by)
-            better = errors < least
-            least = torch.where(better, errors, least)
-            chosen = torch.where(better, torch.full_like(chosen, exponent), chosen)
-            factors = torch.where(better.unsqueeze(-1) if self.by_expert else better, by, factors)
-        if not (chosen >= 0).any():
+        by, exponents = torch.ones_like(mean), torch.full_like(least, -1.0)
+        for exponent in (point / POINTS for point in range(POINTS)):
+            paper, duo = mean.pow(exponent), mean.pow(exponent) / (size.pow(1 - exponent) + LEAST)
+            for factors in {"paper": (paper,), "duo": (duo,), "both": (paper, duo)}[formula]:
+                tried = _normalised(factors)
+                errors = self._errors(tried)
+                better = errors < least
+                least = torch.where(better, errors, least)
+                exponents = torch.where(better, torch.full_like(exponents, exponent), exponents)
+                by = torch.where(better.unsqueeze(-1) if self.by_expert else better, tried, by)
+        if not (exponents >= 0).any():
             return None
         energy = sum(float(_energy(reader.weight, reader.channels).sum()) for reader in self.readers)
         share = 1 / energy if energy > 0 else 0.0
-        exponents = chosen.tolist()
-        return factors, float(unscaled.sum()) * share, float(least.sum()) * share, exponents
+        chosen = [None if value < 0 else value for value in exponents.reshape(-1).tolist()]
+        return _Found(by, float(unscaled.sum()) * share, float(least.sum()) * share, chosen)
 
     def _means(self) -> Tensor | None:
         """x: [I], or [E, I]; channels that come from one output share their mean."""
@@ -170,11 +195,6 @@ class _Trial:
         total = figure.new_zeros(*figure.shape[:-1], len(outputs_U)).index_add(-1, place_I, figure)
         return (total / place_I.bincount())[..., place_I]
 
-    def _normalised(self, by: Tensor) -> Tensor:
-        by = by.clamp(min=LEAST)
-        by = by / (by.amax(-1, keepdim=True) * by.amin(-1, keepdim=True)).sqrt()
-        return torch.where(by.isfinite() & (by > 0), by, 1.0)
-
     def _errors(self, by: Tensor) -> Tensor:
         """The squared error of all readers' outputs, a number, or [E]."""
         total: Tensor | float = 0.0
@@ -187,6 +207,13 @@ class _Trial:
             total = total + (errors if self.by_expert else errors.sum())
         assert isinstance(total, Tensor)
         return total
+
+
+def _normalised(by: Tensor) -> Tensor:
+    """Factors divided by the middle of their range."""
+    by = by.clamp(min=LEAST)
+    by = by / (by.amax(-1, keepdim=True) * by.amin(-1, keepdim=True)).sqrt()
+    return torch.where(by.isfinite() & (by > 0), by, 1.0)
 
 
 def _energy(weight: Tensor, channels: list[Channels | None]) -> Tensor:
