@@ -3,7 +3,8 @@
 In place of `weight` (compressed-tensors 0.20, compressors/pack_quantized): `weight_packed` (int32 [O, ceil(I * bits /
 32)], codes along the input, least significant bits first), `weight_scale` ([O, G] in a floating dtype), `weight_shape`
 (int64 [2]), and where there are zero points `weight_zero_point` (int32 [ceil(O * bits / 32), G], packed along the
-output). Codes and zero points are signed there and packed with 2^(bits-1) added, which are our own unsigned ones.
+output); with groups in act-order `weight_g_idx` ([I], the group of each input). Codes and zero points are signed there
+and packed with 2^(bits-1) added, which are our own unsigned ones.
 
 Shape suffixes: O out features, I in features, G groups of a row, P packed bytes of a row.
 """
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from finetune.errors import ModelError
 from finetune.kernels import affine
-from finetune.model.integer_state import affine_config, affine_state, as_bytes
+from finetune.model.integer_state import affine_config, affine_state, as_bytes, column_order, complete
 from finetune.model.stored_format import Held, StoredFormat
 from finetune.quant.affine import AffineLinear
 from finetune.quant.affine_storage import AffineConfig
@@ -35,11 +36,9 @@ class CompressedTensors(StoredFormat):
 
     mark = "weight_packed"
     methods = (METHOD,)
-    companions = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+    companions = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
 
     def settings(self, told: dict[str, Any], held: Held, where: str) -> QuantConfig:
-        if any(name.endswith(".weight_g_idx") for name in held):
-            raise ModelError(f"{where} keeps an index of groups (actorder: group): expected static groups")
         schemes = [group.get("weights") or {} for group in (told.get("config_groups") or {}).values()]
         found = [_config(scheme, where) for scheme in schemes]
         if not found or any(config != found[0] for config in found):
@@ -59,15 +58,17 @@ class CompressedTensors(StoredFormat):
         assert isinstance(quant, AffineConfig)
         path = name.removesuffix("weight")
         zeros = ["weight_zero_point"] if quant.zeros != "none" else []
-        for key in ("weight_packed", "weight_scale", "weight_shape", *zeros):
-            if key not in stored:
-                raise ModelError(f"{path}{key} is missing from the checkpoint")
+        complete(stored, ("weight_packed", "weight_scale", "weight_shape", *zeros), path)
         rows, width = (int(size) for size in stored["weight_shape"].tolist())
         zero_OG = None
         if zeros:
             packed_GP = as_bytes(stored["weight_zero_point"].T)
             zero_OG = affine.unpack(packed_GP, quant.bits, rows).T
-        return affine_state(as_bytes(stored["weight_packed"]), stored["weight_scale"], zero_OG, quant, width, dtype)
+        codes_OP, group_I = as_bytes(stored["weight_packed"]), stored.get("weight_g_idx")
+        order_I = None
+        if group_I is not None and bool((group_I >= 0).all()):  # -1 where no column was moved
+            order_I = column_order(group_I, quant.group_size, f"{path}weight_g_idx")
+        return affine_state(codes_OP, stored["weight_scale"], zero_OG, quant, width, dtype, order_I)
 
 
 def holds(quant: QuantConfig) -> bool:

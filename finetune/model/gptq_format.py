@@ -121,10 +121,7 @@ class Gptq(StoredFormat):
         """The order of the columns where groups are no runs of them."""
         if groups > 1 and not group_I.any() and not self.told.get("desc_act"):
             return None  # written by kernels that never look at it
-        try:
-            return column_order(group_I, quant.group_size)
-        except ModelError as error:
-            raise ModelError(f"{name.removesuffix('weight')}g_idx {error}") from error
+        return column_order(group_I, quant.group_size, f"{name.removesuffix('weight')}g_idx")
 
     def _zeros(self, stored: dict[str, Tensor], bits: int) -> Tensor:
         """The zero points, uint8 [G, O]."""

@@ -116,11 +116,12 @@ def affine_state(
     return state
 
 
-def column_order(group_I: Tensor, group_size: int) -> Tensor | None:
+def column_order(group_I: Tensor, group_size: int, where: str) -> Tensor | None:
     """The order in which columns lie group by group, int32 [I]; None where they do so already.
 
     Args:
         group_I: the group of each column.
+        where: its name, for messages.
 
     Raises:
         ModelError: where the groups are not `group_size` columns each (the last perhaps fewer).
@@ -132,7 +133,9 @@ def column_order(group_I: Tensor, group_size: int) -> Tensor | None:
     order_I = group_I.argsort(stable=True)
     if not torch.equal(group_I[order_I].long(), runs_I):
         size = width if group_size < 0 else group_size
-        raise ModelError(f"puts its {width} inputs into groups that are not of {size} each: expected equal groups")
+        raise ModelError(
+            f"{where} puts its {width} inputs into groups that are not of {size} each: expected equal groups"
+        )
     return order_I.to(torch.int32)
 
 
