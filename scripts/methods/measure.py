@@ -117,23 +117,26 @@ def tested(runner: Any, file: Path, task: Task) -> dict[str, float | None]:
         found: dict[str, float | None] = {"test_loss": held.loss(signals)}
         if held.metrics:
             return found | {task.metric: held.metrics[task.metric]}
-        if task.metric == "exact_match":
-            return found | {"exact_match": exact_match(model, rows, runner.loaded.pad_id)}
+        if task.metric == "token_accuracy":
+            return found | agreement(model, rows, runner.loaded.pad_id)
         references = [json.loads(line)["references"] for line in file.read_text("utf-8").splitlines()]
         return found | {"bleu": bleu_of_answers(model, tokenizer, rows, references)}
 
 
-def exact_match(model: Any, rows: Any, pad_id: int) -> float:
-    """Share of answers of which every token is the likeliest one: those that greedy generation gives word for word."""
+def agreement(model: Any, rows: Any, pad_id: int) -> dict[str, float]:
+    """Share of the answers' tokens that are the likeliest after those before them, and of answers of which all are:
+    those that greedy generation gives word for word."""
     from finetune.data.batching import eval_batches
     from finetune.evaluation import predictions
 
-    wrong, seen = set(), 0
+    wrong: set[int] = set()
+    seen = hits = tokens = 0
     for part in predictions(model, eval_batches(rows, 16, pad_id), "cpu"):
         hit_P = part.log_probs_PV.argmax(-1) == part.targets_P
+        hits, tokens = hits + int(hit_P.sum()), tokens + len(hit_P)
         wrong |= {int(row) for row in part.rows_P[~hit_P]}
         seen = int(part.rows_P[-1]) + 1
-    return 1 - len(wrong) / seen
+    return {"token_accuracy": hits / tokens, "exact_match": 1 - len(wrong) / seen}
 
 
 def bleu_of_answers(model: Any, tokenizer: Any, rows: Any, references: list[list[str]]) -> float:

@@ -87,8 +87,8 @@ TASKS = {
     "wikisql": Task(
         "WikiSQL, text to SQL",
         False,
-        "exact_match",
-        "exact match",
+        "token_accuracy",
+        "share of the answers' tokens that are the likeliest",
         150,
         (*_TEXT, 'data.template="{question}\\nSQL:"'),
         _sql,
