@@ -78,18 +78,24 @@ class PageRelease:
             self._libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_DONTNEED)
 
 
+_ENTERED = [0]
+"""How many `fixed_thresholds` are entered: they are fixed until the outermost is left."""
+
+
 @contextmanager
 def fixed_thresholds() -> Iterator[None]:
     """Within it glibc maps every block of 1 MiB and more separately; afterwards the free heap is given back."""
     libc = _libc()
-    if libc is None:
+    if libc is None or _ENTERED[0]:
         yield
         return
     libc.mallopt(M_MMAP_THRESHOLD, LOADING_THRESHOLD)
     libc.mallopt(M_TRIM_THRESHOLD, LOADING_THRESHOLD)
+    _ENTERED[0] += 1
     try:
         yield
     finally:
+        _ENTERED[0] -= 1
         libc.mallopt(M_MMAP_THRESHOLD, USUAL_MMAP_THRESHOLD)
         libc.mallopt(M_TRIM_THRESHOLD, USUAL_TRIM_THRESHOLD)
         libc.malloc_trim(0)

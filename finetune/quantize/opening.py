@@ -19,6 +19,7 @@ from finetune.model.digest import base_digest
 from finetune.model.headers import Header
 from finetune.model.load import Task, load
 from finetune.model.pretrained import read_config
+from finetune.model.streaming import fixed_thresholds
 from finetune.quant.dense import DenseConfig
 from finetune.quant.replay import Batch
 from finetune.quant.resident import Resident
@@ -121,7 +122,8 @@ def opened(
         said = (lambda: asdict(transform.summary)) if transform is not None else dict
         resident = OneBlock(reader, structure, state, answer, rows, in_public(structure), said)
         where = reader.model.config._name_or_path
-        yield Opened(reader.model, structure, resident, batches, digest, where, resident.quality, state.stored)
+        with fixed_thresholds():
+            yield Opened(reader.model, structure, resident, batches, digest, where, resident.quality, state.stored)
     except BaseException:
         state.close(keep=state.finished > 0)
         raise

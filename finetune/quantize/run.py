@@ -64,6 +64,7 @@ def _make(config: QuantizeConfig, headers: list[Header], target: Path, signals: 
     from finetune.model.load import context_length, skeleton
     from finetune.model.pretrained import read_config, read_tokenizer
     from finetune.quantize.opening import Source, opened
+    from finetune.quantize.plot import plot
     from finetune.quantize.report import table
     from finetune.quantize.write import compressed
     from finetune.structure import inspect
@@ -86,6 +87,8 @@ def _make(config: QuantizeConfig, headers: list[Header], target: Path, signals: 
         job = Job(config, base, source, tokenizer, in_public(base.structure), transform, pruner)
         record = _quantize(job, work, signals)
         print(table(record))
+        if left_out := plot(record, work):
+            print(left_out)
     return record
 
 

@@ -1,0 +1,53 @@
+"""The errors of all layers as a picture: which projections lose most, where in depth, and what calibration won."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+PICTURE = "errors.png"
+"""The picture's file beside the report."""
+INCHES, DOTS = (9.0, 5.0), 120
+
+
+def plot(record: Mapping[str, Any], directory: Path) -> str:
+    """Draw relative squared output errors over depth, a line for each kind of projection; what is to be said of it.
+
+    Args:
+        record: the report.
+        directory: where `errors.png` is written, unless matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return f"{PICTURE} is left out: matplotlib is not installed (the extra `plot` brings it)"
+    figure = Figure(figsize=INCHES, dpi=DOTS, layout="constrained")
+    axes = figure.add_subplot()
+    simple = "by magnitude" if record["layers"] and record["layers"][0]["sparsity"] is not None else "nearest"
+    for number, (kind, layers) in enumerate(kinds(record["layers"]).items()):
+        colour, depth = f"C{number % 10}", range(len(layers))
+        axes.plot(depth, [layer["error"] for layer in layers], color=colour, marker=".", label=kind)
+        axes.plot(depth, [layer["error_rtn"] for layer in layers], color=colour, linestyle=":", linewidth=1)
+    axes.set_yscale("log", nonpositive="mask")
+    axes.set_xlabel("block")
+    axes.set_ylabel("relative squared error of the output")
+    axes.set_title(f"{record['calibrator']['name']} (solid) and {simple} (dotted)")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    if record["layers"]:
+        figure.legend(loc="outside right upper", fontsize="small")
+    figure.savefig(directory / PICTURE)
+    return ""
+
+
+def kinds(layers: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Layers in order of depth, by what is left of their names without numbers and without what all share."""
+    plain = [[part for part in layer["name"].split(".") if not part.isdigit()] for layer in layers]
+    shared = 0
+    while plain and len({tuple(parts[: shared + 1]) for parts in plain}) == 1 and shared + 1 < min(map(len, plain)):
+        shared += 1
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for layer, parts in zip(layers, plain, strict=True):
+        found.setdefault(".".join(parts[shared:]), []).append(layer)
+    return found
