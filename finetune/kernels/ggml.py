@@ -1,6 +1,7 @@
 """llama.cpp's blocks of 32 weights (Q4_0, Q4_1, Q5_0, Q5_1, Q8_0): the reference in plain torch, and the operators.
 
-Shape suffixes: O out features (or any leading dimensions), I in features, G blocks of a row, P bytes of a row.
+Shape suffixes: O out features (or any leading dimensions), I in features, G blocks of a row, P bytes of a row,
+K weights of a row that are kept aside.
 
 A row is held as ggml holds it (ggml-common.h, `block_q4_0` and its kin), block after block, little endian:
 
@@ -9,6 +10,10 @@ A row is held as ggml holds it (ggml-common.h, `block_q4_0` and its kin), block 
 with 16 bytes of codes, weight j in the low and weight j + 16 in the high half of byte j, or for q8_0 32 signed bytes.
 Here a code q is always 0 .. 2^bits - 1 and stands for `q * d + m`, or without m for `(q - 2^(bits-1)) * d`, in float32,
 each operation rounded on its own.
+
+Of each block some weights can be kept aside (as SpQR does, Dettmers et al. 2023, arXiv:2306.03078, but as many of every
+block): their places in the block, uint8, and their values, float16, both [.., O, K]. What their codes say is not looked
+at. ggml has no such thing.
 
 ggml knows rows of whole blocks only. Where 32 does not divide a row, its last block here is filled up with code 0,
 which no other program reads.
@@ -30,7 +35,7 @@ BLOCK = 32
 """Weights of a block."""
 _CHUNK = 1 << 17
 """Weights decoded at a time by each CPU core: the temporaries stay in its cache."""
-_STORAGE = "Tensor blocks, str kind"
+_STORAGE = "Tensor blocks, Tensor? places, Tensor? values, str kind"
 
 
 class Layout(NamedTuple):
@@ -124,30 +129,55 @@ def spread(values_OG: Tensor, first: int, count: int) -> Tensor:
     return values_OG[..., torch.arange(first, first + count, device=values_OG.device) // BLOCK]
 
 
-def dequantize_ggml(blocks_OP: Tensor, kind: str, shape: list[int], dtype: torch.dtype) -> Tensor:
+def columns_of(places_OK: Tensor, in_features: int) -> Tensor:
+    """The columns of weights that are kept aside, int64 [.., O, K]; of what fills up a block, beyond the row."""
+    count = blocks(in_features)
+    each = places_OK.shape[-1] // count
+    return places_OK + torch.arange(0, count * BLOCK, BLOCK, device=places_OK.device).repeat_interleave(each)
+
+
+def dequantize_ggml(
+    blocks_OP: Tensor,
+    places_OK: Tensor | None,
+    values_OK: Tensor | None,
+    kind: str,
+    shape: list[int],
+    dtype: torch.dtype,
+) -> Tensor:
     """Decode to a dense weight of `shape` ([.., O, I]) in float32, then cast to `dtype`. No gradient flows.
 
     Args:
         blocks_OP: uint8 [.., O, P].
+        places_OK, values_OK: uint8 and float16 [.., O, K], of what is kept aside; None for nothing.
         kind: q4_0 | q4_1 | q5_0 | q5_1 | q8_0.
     """
-    return torch.ops.finetune.dequantize_ggml(blocks_OP, kind, shape, dtype)
+    return torch.ops.finetune.dequantize_ggml(blocks_OP, places_OK, values_OK, kind, shape, dtype)
 
 
-def linear_ggml(x_BI: Tensor, bias_O: Tensor | None, blocks_OP: Tensor, kind: str, out_features: int) -> Tensor:
+def linear_ggml(
+    x_BI: Tensor,
+    bias_O: Tensor | None,
+    blocks_OP: Tensor,
+    places_OK: Tensor | None,
+    values_OK: Tensor | None,
+    kind: str,
+    out_features: int,
+) -> Tensor:
     """`x_BI @ w_OI.T + bias_O` in the dtype of `x_BI`, `w_OI` as `dequantize_ggml` gives it.
 
     The gradient flows to `x_BI`, and to `bias_O` where it asks for one. Same bits whatever the grad mode. Under
     autocast `x_BI` is cast first.
     """
     x_BI, bias_O = autocast(x_BI, bias_O)
-    return torch.ops.finetune.linear_ggml(x_BI, bias_O, blocks_OP, kind, out_features)
+    return torch.ops.finetune.linear_ggml(x_BI, bias_O, blocks_OP, places_OK, values_OK, kind, out_features)
 
 
 library.define(f"dequantize_ggml({_STORAGE}, SymInt[] shape, ScalarType dtype) -> Tensor")
 
 
-def reference_dequantize(blocks: Tensor, kind: str, shape: list[int], dtype: torch.dtype) -> Tensor:
+def reference_dequantize(
+    blocks: Tensor, places: Tensor | None, values: Tensor | None, kind: str, shape: list[int], dtype: torch.dtype
+) -> Tensor:
     """The operator in plain torch, a few rows at a time."""
     out = torch.empty(shape, dtype=dtype, device=blocks.device)
     width = out.shape[-1]
@@ -155,10 +185,15 @@ def reference_dequantize(blocks: Tensor, kind: str, shape: list[int], dtype: tor
     cores = min(torch.get_num_threads(), 16) if out.device.type == "cpu" else 256
     step = max(1, _CHUNK * cores // max(width, 1))
     for start in range(0, len(out_RI), step):
-        codes_SI, scale_SG, least_SG = unpack(blocks_RP[start : start + step], kind, width)
-        scale_SI = spread(scale_SG, 0, width)
-        least_SI = None if least_SG is None else spread(least_SG, 0, width)
-        out_RI[start : start + step] = decode(codes_SI, scale_SI, least_SI, kind)
+        part = slice(start, start + step)
+        whole = -(-width // BLOCK) * BLOCK
+        codes_SI, scale_SG, least_SG = unpack(blocks_RP[part], kind, whole)
+        least_SI = None if least_SG is None else spread(least_SG, 0, whole)
+        decoded_SI = decode(codes_SI, spread(scale_SG, 0, whole), least_SI, kind)
+        if places is not None and values is not None:
+            columns_SK = columns_of(places.reshape(len(out_RI), -1)[part], width)
+            decoded_SI.scatter_(1, columns_SK, values.reshape(len(out_RI), -1)[part].float())
+        out_RI[part] = decoded_SI[:, :width]
     return out
 
 
@@ -166,7 +201,9 @@ torch.library.impl("finetune::dequantize_ggml", "default")(reference_dequantize)
 
 
 @torch.library.register_fake("finetune::dequantize_ggml")
-def _dequantize_fake(blocks: Tensor, kind: str, shape: list[int], dtype: torch.dtype) -> Tensor:
+def _dequantize_fake(
+    blocks: Tensor, places: Tensor | None, values: Tensor | None, kind: str, shape: list[int], dtype: torch.dtype
+) -> Tensor:
     return blocks.new_empty(shape, dtype=dtype)
 
 
@@ -190,13 +227,15 @@ def _shifts(device: torch.device) -> Tensor:
 def _operand_linear(
     x_BI: Tensor, bias_O: Tensor | None, tensors: list[Tensor], settings: list[str], out_features: int
 ) -> Tensor:
-    """As `operand.Product`."""
-    return torch.ops.finetune.linear_ggml(x_BI, bias_O, *tensors, *settings, out_features)
+    """As `operand.Product`; tensors are blocks and, where weights are kept aside, places and values."""
+    storage = [*tensors, None, None][:3]
+    return torch.ops.finetune.linear_ggml(x_BI, bias_O, *storage, *settings, out_features)
 
 
 def _operand_gradient(grad_BO: Tensor, tensors: list[Tensor], settings: list[str], in_features: int) -> Tensor:
     """As `operand.Gradient`."""
-    return torch.ops.finetune.input_gradient_ggml(grad_BO, *tensors, *settings, in_features)
+    storage = [*tensors, None, None][:3]
+    return torch.ops.finetune.input_gradient_ggml(grad_BO, *storage, *settings, in_features)
 
 
 register_format("ggml", _operand_linear, _operand_gradient)

@@ -17,7 +17,7 @@ class GgmlBlocks(StoredFormat):
 
     mark = FACTS
     methods = ("finetune",)
-    companions = (FACTS,)
+    companions = (FACTS, "weight.places", "weight.values")
 
     def settings(self, told: dict[str, Any], held: Held, where: str) -> QuantConfig:
         name = self.marks(held)[0]
@@ -34,5 +34,6 @@ class GgmlBlocks(StoredFormat):
 
 def _settings(stored: dict[str, Tensor], name: str) -> QuantConfig:
     """The settings that a weight carries as one of our configurations."""
-    kind: Any = QUANTIZERS.type_of(read_facts(stored, name)["type"])
-    return kind()
+    facts = read_facts(stored, name)
+    kind: Any = QUANTIZERS.type_of(facts["type"])
+    return kind(outliers=facts.get("outliers", 0))

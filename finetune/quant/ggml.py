@@ -16,7 +16,7 @@ from torch import Tensor
 from finetune.kernels import ggml
 from finetune.kernels.operand import Operand
 from finetune.quant.base import QUANTIZERS
-from finetune.quant.ggml_storage import Ggml, GgmlConfig
+from finetune.quant.ggml_storage import Ggml, GgmlConfig, Stored
 from finetune.quant.packed import PackedExperts, PackedLinear
 
 
@@ -59,20 +59,24 @@ class GgmlLinear(PackedLinear, Ggml):
     """A linear layer whose weight is stored in blocks."""
 
     def forward(self, x_BI: Tensor) -> Tensor:
-        return ggml.linear_ggml(x_BI, self.bias, self.weight, self.storage, self.out_features)
+        return ggml.linear_ggml(x_BI, self.bias, *self.packed(), self.storage, self.out_features)
 
     def operand(self) -> Operand:
-        return self.as_operand(self.weight)
+        return self.as_operand(self.packed())
 
 
 class GgmlExperts(PackedExperts, Ggml):
     """A stack of expert projections; an expert begins with a block, so that each can be read alone."""
 
     def expert_operand(self, expert: int) -> Operand:
-        return self.as_operand(self.weight[expert])
+        return self.as_operand(self._one(expert))
 
     def decode_expert(self, expert: int) -> Tensor:
-        return ggml.dequantize_ggml(self.weight[expert], self.storage, list(self.shape[1:]), self.dtype)
+        return ggml.dequantize_ggml(*self._one(expert), self.storage, list(self.shape[1:]), self.dtype)
+
+    def _one(self, expert: int) -> Stored:
+        places, values = (None if tensor is None else tensor[expert] for tensor in (self.places, self.values))
+        return Stored(self.weight[expert], places, values)
 
 
 @QUANTIZERS.register(Q4_0Config)

@@ -18,9 +18,10 @@ from finetune.kernels import ggml
 from finetune.model.config import ModelConfig
 from finetune.model.describe import storage_table
 from finetune.model.load import Loaded, load
-from finetune.quant.base import QUANTIZERS, FrozenExperts, FrozenLinear, QuantConfig
+from finetune.quant.base import FrozenExperts, FrozenLinear, QuantConfig
 from finetune.quant.dense import DenseConfig
-from finetune.quant.ggml import Q4_0Config, Q5_1Config, Q8_0Config
+from finetune.quant.ggml import Q4_0Config, Q4_1Config, Q5_0Config, Q5_1Config, Q8_0Config
+from finetune.quant.ggml_storage import GgmlConfig
 from finetune.quant.keep import KeepConfig
 from finetune.quant.nf4 import NF4Config
 
@@ -39,13 +40,21 @@ def saved(loaded: Loaded, path: Path, source: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("family", "kind"),
-    [("Llama", "q4_0"), ("Llama", "q5_0"), ("GPT2", "q4_1"), ("Mixtral", "q5_1"), ("GptOss", "q8_0")],
+    ("family", "quant"),
+    [
+        ("Llama", Q4_0Config()),
+        ("Llama", Q5_0Config()),
+        ("GPT2", Q4_1Config()),
+        ("Mixtral", Q5_1Config()),
+        ("GptOss", Q8_0Config()),
+        ("Mixtral", Q4_0Config(outliers=2)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else f"{value.name}-{value.outliers}",
 )
 def test_a_saved_model_is_a_base_again(
-    checkpoint: Checkpoint, tmp_path: Path, ids: torch.Tensor, family: str, kind: str
+    checkpoint: Checkpoint, tmp_path: Path, ids: torch.Tensor, family: str, quant: GgmlConfig
 ) -> None:
-    path, quant = checkpoint(family), QUANTIZERS.type_of(kind)()
+    path, kind = checkpoint(family), quant.name
     loaded = ours(path, quant)
     again = ours(saved(loaded, tmp_path, path), KeepConfig())
     assert again.quant == quant
