@@ -38,6 +38,7 @@ class Awq(StoredFormat):
     mark = "qweight"
     companions = ("qweight", "qzeros", "scales")
     methods = (METHOD,)
+    packs_experts_singly = True
 
     def settings(self, told: dict[str, Any], held: Held, where: str) -> AffineConfig:
         layout = str(told.get("version") or told.get("format") or LAYOUT).lower()

@@ -36,6 +36,7 @@ class CompressedTensors(StoredFormat):
 
     mark = "weight_packed"
     methods = (METHOD,)
+    packs_experts_singly = True
     companions = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
 
     def settings(self, told: dict[str, Any], held: Held, where: str) -> QuantConfig:

@@ -64,6 +64,7 @@ class Gptq(StoredFormat):
     mark = "qweight"
     companions = ("qweight", "qzeros", "scales", "g_idx")
     methods = (METHOD,)
+    packs_experts_singly = True
 
     def __init__(self) -> None:
         self.told: dict[str, Any] = {}

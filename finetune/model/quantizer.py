@@ -23,6 +23,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from finetune.errors import ConfigError, ModelError
+from finetune.model.expert_stacks import merges_experts, stacked, with_packed_names
 from finetune.model.loading import Loading
 from finetune.model.stored import METHOD
 from finetune.quant.affine_ordered import in_order
@@ -138,6 +139,17 @@ class FrozenBaseQuantizer(HfQuantizer):
         assert self.loading.stored is not None
         return [WeightConverter([*self.loading.stored.format.companions, "weight"], "weight", [Unpack(self)])]
 
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
+        """Prequantized: let what merges experts gather their packed parts."""
+        if not self.pre_quantized or self.loading.stored is None or not self.loading.stored.format.packs_experts_singly:
+            return super().update_weight_conversions(weight_conversions, *model)
+        form = self.loading.stored.format
+        widened = [
+            with_packed_names(one, form, UnpackStack(self, one)) if merges_experts(one) else one
+            for one in weight_conversions
+        ]
+        return widened + self.get_weight_conversions()
+
     def is_serializable(self) -> bool:
         return True
 
@@ -187,6 +199,23 @@ class FrozenBaseQuantizer(HfQuantizer):
         assert isinstance(frozen, PackedWeight)
         frozen = in_order(frozen, stored)
         frozen.take_state(stored, f"{path}.")
+        _place(model, projection, frozen)
+
+    def unpack_stack(self, model: nn.Module, name: str, collected: dict[str, list[Tensor]], sources: list[str]) -> None:
+        """Put a frozen stack in place that holds experts as the checkpoint packed each of them.
+
+        Raises:
+            ModelError: as `unpack`, and where they make no stack.
+        """
+        assert self.loading.stored is not None
+        projection = self.targets.get(name)
+        if projection is None or projection.dense or projection.transposed:
+            raise ModelError(f"{name} is packed in the checkpoint, but the model does not read it as a stack of codes")
+        form, quant = self.loading.stored.format, self.loading.quant
+        state = stacked(collected, sources, form, name, quant, self.loading.dtype)
+        frozen = self._empty(model, projection, quant, state["weight"].device)
+        assert isinstance(frozen, PackedWeight)
+        frozen.take_state(state, f"{name}.")
         _place(model, projection, frozen)
 
     def _empty(
@@ -252,6 +281,35 @@ class Unpack(Freeze):
         if value.is_floating_point() and not any(part in keep_fp32 for part in full_layer_name.split(".")):
             value = value.to(self.hf_quantizer.loading.dtype)
         return {name: value}
+
+
+class UnpackStack(Freeze):
+    """Operation on experts that are packed one by one; dense ones are merged as they would have been."""
+
+    def __init__(self, hf_quantizer: FrozenBaseQuantizer, converter: Any) -> None:
+        super().__init__(hf_quantizer)
+        self.sources, self.merge = list(converter.source_patterns), list(converter.operations)
+
+    def convert(  # type: ignore[override]
+        self,
+        input_dict: dict[str, Any],
+        *,
+        model: nn.Module,
+        missing_keys: set[str] | None = None,
+        full_layer_name: str = "",
+        **rest: Any,
+    ) -> dict[str, Any]:
+        """Build the frozen stack."""
+        if input_dict.keys() <= set(self.sources):
+            rest |= {"source_patterns": self.sources, "model": model, "full_layer_name": full_layer_name}
+            for operation in self.merge:
+                input_dict = operation.convert(input_dict, **rest)
+            return {name: _single(value).to(self.hf_quantizer.loading.dtype) for name, value in input_dict.items()}
+        with self.hf_quantizer.loading.keeping_failure():
+            self.hf_quantizer.unpack_stack(model, full_layer_name, input_dict, self.sources)
+        if missing_keys is not None:
+            missing_keys.discard(full_layer_name)
+        return {}
 
 
 def parameter_name(projection: Projection) -> str:

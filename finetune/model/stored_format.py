@@ -28,6 +28,7 @@ class StoredFormat(ABC):
         companions: names beside `weight` in a module's state, relative to the module; none of them the start of another
             that comes later.
         mark: the companion that every weight of this storage has, or how its name begins.
+        packs_experts_singly: whether experts that the model stacks lie one by one, as linear layers.
         methods: under which `quant_method` it is found.
         conv1ds: whether stock libraries read Conv1Ds stored so, where they read linear layers.
     """
@@ -35,6 +36,7 @@ class StoredFormat(ABC):
     companions: tuple[str, ...]
     mark: str
     methods: tuple[str, ...]
+    packs_experts_singly: bool = False
     conv1ds: bool = True
 
     def of(self, told: dict[str, Any]) -> StoredFormat:
