@@ -186,10 +186,9 @@ def reference_dequantize(
     step = max(1, _CHUNK * cores // max(width, 1))
     for start in range(0, len(out_RI), step):
         part = slice(start, start + step)
-        whole = -(-width // BLOCK) * BLOCK
-        codes_SI, scale_SG, least_SG = unpack(blocks_RP[part], kind, whole)
-        least_SI = None if least_SG is None else spread(least_SG, 0, whole)
-        decoded_SI = decode(codes_SI, spread(scale_SG, 0, whole), least_SI, kind)
+        codes_SI, scale_SG, least_SG = unpack(blocks_RP[part], kind, -(-width // BLOCK) * BLOCK)
+        least_SG1 = None if least_SG is None else least_SG.unsqueeze(-1)
+        decoded_SI = decode(codes_SI.unflatten(-1, (-1, BLOCK)), scale_SG.unsqueeze(-1), least_SG1, kind).flatten(-2)
         if places is not None and values is not None:
             columns_SK = columns_of(places.reshape(len(out_RI), -1)[part], width)
             decoded_SI.scatter_(1, columns_SK, values.reshape(len(out_RI), -1)[part].float())
