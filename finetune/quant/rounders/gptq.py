@@ -76,9 +76,7 @@ class GPTQ(Rounder):
         order_I = torch.arange(len(gram_II), device=gram_II.device)
         if self.config.act_order:
             order_I = gram_II.diagonal().argsort(descending=True, stable=True)
-        gram_II = gram_II[order_I[:, None], order_I]
-        factor_II, damping = inverse_factor(gram_II, self.config.damping)
-        del gram_II
+        factor_II, damping = inverse_factor(gram_II, self.config.damping, order_I)
         if factor_II is None:
             return Choice(
                 grid.round_columns(w_OI, 0), None, f"H is singular up to damping {damping:g}: rounded to nearest"
@@ -103,18 +101,20 @@ def alive(gram_II: Tensor) -> Tensor:
     return lively_II
 
 
-def inverse_factor(gram_II: Tensor, damping: float) -> tuple[Tensor | None, float]:
+def inverse_factor(gram_II: Tensor, damping: float, order_I: Tensor | None = None) -> tuple[Tensor | None, float]:
     """The upper Cholesky factor of the inverse, and the damping that it needed; None where it does not exist.
 
-    Takes room for one more matrix: factors and inverse take each other's place.
+    Takes room for one more matrix: factors and inverse take each other's place, laid out by columns as LAPACK wants.
 
     Args:
         damping: share of the mean diagonal that is tried first.
+        order_I: of rows and columns, where another is wanted.
     """
-    mean, share = gram_II.diagonal().mean(), damping
+    order_I = torch.arange(len(gram_II), device=gram_II.device) if order_I is None else order_I
+    mean, share = gram_II.diagonal()[order_I].mean(), damping
     for step in STEPS:
         share = damping * step
-        matrix_II = gram_II.clone()
+        matrix_II = gram_II.T[order_I[:, None], order_I].T
         matrix_II.diagonal().add_(share * mean)
         failed = torch.empty((), dtype=torch.int32, device=gram_II.device)
         torch.linalg.cholesky_ex(matrix_II, out=(matrix_II, failed))
