@@ -1,10 +1,11 @@
-"""RTN against GPTQ on the embedded base: KL from the dense model, over bits and group sizes.
+"""RTN against GPTQ, and AWQ where asked for, on the embedded base: KL from the dense model.
 
 `python scripts/bench_quantize.py`: for 4, 3 and 2 bits, rows and groups of 128, 64 and 32, asymmetric with integer zero
 points, the model is quantized in memory by rounding to nearest and by GPTQ (act-order), both on the same grids;
 calibrated on the training half of the standard library's documentation, measured on the half that the base
 never saw. Writes benchmarks/results/quantize.json and the table of docs/quantization.md; rows already in the file are
-kept, so an interrupted benchmark goes on where it stopped. Ranks by KL: at this size perplexities differ by noise.
+kept, so an interrupted benchmark goes on where it stopped. `--awq` adds
+AWQ with rounding to nearest. Ranks by KL: at this size perplexities differ by noise.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ PIECES, EVAL, LENGTH = 24, 12, 256
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.parse_args()
+    arguments.add_argument("--awq", action="store_true", help="AWQ with rounding to nearest as well")
+    wants_awq = arguments.parse_args().awq
     import finetune as ft
     from finetune.model.config import ModelConfig
     from finetune.quant.affine import Int2Config, Int3Config, Int4Config
@@ -38,12 +40,13 @@ def main() -> None:
     from finetune.quant.driver import Driver
     from finetune.quant.rounders.gptq import GPTQ
     from finetune.quant.rounders.rtn import RTN
+    from finetune.quant.transforms.awq import AWQ
     from finetune.quantize.config import CalibrationConfig
     from finetune.quantize.measure import Reference
     from finetune.quantize.text import batches_of, read_text
     from finetune.structure import inspect
 
-    rounders = {"RTN": RTN(), "GPTQ": GPTQ()}
+    rounders = {"RTN": RTN(), "GPTQ": GPTQ()} | ({"AWQ": RTN()} if wants_awq else {})
     kinds: dict[int, Any] = {4: Int4Config, 3: Int3Config, 2: Int2Config}
     base = ModelConfig(path="embedded", fused="off")
     model, tokenizer = ft.load(base, DenseConfig(), dtype="fp32", device="cpu")
@@ -58,8 +61,9 @@ def main() -> None:
                 if (bits, size, name) in done:
                     continue
                 twin = copy.deepcopy(model)
-                seen = batches if name == "GPTQ" else []
-                Driver(twin, inspect(twin), kinds[bits](group_size=size), rounder, seen).go()
+                seen = [] if name == "RTN" else batches
+                transform = AWQ() if name == "AWQ" else None
+                Driver(twin, inspect(twin), kinds[bits](group_size=size), rounder, seen, transform=transform).go()
                 row = {"bits": bits, "group_size": size, "rounder": name, **reference.compare(twin)}
                 rows.append(row)
                 print(f"int{bits} group {size:>3} {name:<5} KL {row['kl_mean']:.5f}", flush=True)
@@ -72,10 +76,11 @@ def main() -> None:
 def write_page(rows: list[dict[str, Any]]) -> None:
     """Put the table in the page, between its marks."""
     found = {(row["bits"], row["group_size"], row["rounder"]): row for row in rows}
-    lines = ["| bits | group | " + " | ".join(ROUNDERS) + " |", "| --- | --- |" + " --- |" * len(ROUNDERS)]
+    names = [name for name in (*ROUNDERS, "AWQ") if any(row["rounder"] == name for row in rows)]
+    lines = ["| bits | group | " + " | ".join(names) + " |", "| --- | --- |" + " --- |" * len(names)]
     for bits in BITS:
         for size in GROUPS:
-            cells = [f"{found[bits, size, name]['kl_mean']:.4f}" for name in ROUNDERS]
+            cells = [f"{found[at]['kl_mean']:.4f}" if (at := (bits, size, name)) in found else "-" for name in names]
             lines.append(f"| {bits} | {'row' if size < 0 else size} | " + " | ".join(cells) + " |")
     text = PAGE.read_text("utf-8")
     before, _, rest = text.partition(START)

@@ -178,6 +178,8 @@ class Driver:
             result, sparsity = outcome.rounded, outcome.sparsity
         else:
             assert isinstance(frozen, PackedWeight)
+            if self.transform is not None and grams:
+                rounder = self.transform.rounder(rounder, self.quant, matrices)
             result = apply(rounder, frozen, w, matrices)
         parent, _, leaf = p.name.rpartition(".")
         setattr(self.model.get_submodule(parent), leaf, frozen)

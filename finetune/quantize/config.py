@@ -86,7 +86,7 @@ class QuantizeConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     quant: QuantConfig = field(default_factory=QuantConfig)
     calibrator: CalibratorConfig = field(default_factory=CalibratorConfig)
-    transform: TransformConfig = field(default_factory=NoTransformConfig)
+    transform: TransformConfig = field(default_factory=TransformConfig)
     pruner: PrunerConfig = field(default_factory=PrunerConfig)
     data: CalibrationConfig = field(default_factory=CalibrationConfig)
 

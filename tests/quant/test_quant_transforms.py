@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 from finetune.errors import ConfigError
-from finetune.quant.affine import Int3Config, Int4Config
+from finetune.quant.affine import AffineLinear, Int3Config, Int4Config
 from finetune.quant.dense import DenseConfig, DenseExperts, DenseLinear
 from finetune.quant.driver import Driver
 from finetune.quant.freeze import freeze
@@ -20,6 +20,7 @@ from finetune.quant.rounders.gptq import GPTQ
 from finetune.quant.rounders.rtn import RTN
 from finetune.quant.transforms.awq import AWQ, AWQConfig
 from finetune.quant.transforms.base import TRANSFORMS, Forward, Transform
+from finetune.quant.transforms.clip import SHARES, Clipping
 from finetune.quant.transforms.fold import fold
 from finetune.quant.transforms.gamma import Gamma
 from finetune.quant.transforms.search import Search
@@ -332,11 +333,8 @@ def test_awq_reports_the_error_that_its_factors_leave(formula: str) -> None:
     names = [f"model.layers.0.self_attn.{n}_proj" for n in "qk"]
     dense = {n: model.get_submodule(n).weight.detach().double() for n in names}
     x = seen_by(model, names[:1], batches)[names[0]].double()
-    gain, plain, transform = (
-        layer.input_layernorm.weight.detach().clone(),
-        copy.deepcopy(model),
-        AWQ(AWQConfig(formula=formula)),
-    )
+    gain, plain = layer.input_layernorm.weight.detach().clone(), copy.deepcopy(model)
+    transform = AWQ(AWQConfig(formula=formula, clip=False))
     Driver(model, inspect(model), quant, RTN(), batches, transform=transform).go()
     Driver(plain, inspect(plain), quant, RTN(), batches).go()
     by = (gain / layer.input_layernorm.weight.detach()).double()
@@ -387,6 +385,41 @@ def test_awq_saves_a_model_with_outlier_channels(quant: Any, rounder: Any) -> No
         Driver(twin, inspect(twin), quant, rounder, batches, transform=transform).go()
         lost[name] = float((logits(twin, batches) - wanted).square().mean())
     assert lost["awq"] < 0.8 * lost["none"], lost
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_clipped_ranges_err_less_than_whole_ones_and_never_more(family: str) -> None:
+    model, batches = model_of(family), batches_of(rows=8)
+    lost = {}
+    for clip in (True, False):
+        twin = copy.deepcopy(model)
+        transform = AWQ(AWQConfig(clip=clip, formula="paper"))
+        layers = Driver(twin, inspect(twin), Int3Config(group_size=32), RTN(), batches, transform=transform).go()
+        assert all(layer.error < layer.error_rtn if clip else layer.error == layer.error_rtn for layer in layers)
+        lost[clip] = sum(layer.error for layer in layers)
+    assert lost[True] < 0.9 * lost[False], lost
+
+
+def test_ranges_are_searched_by_the_error_of_the_output_group_by_group() -> None:
+    """Against every share tried on every group of a row alone, in float64."""
+    torch.manual_seed(0)
+    weight, x = torch.randn(5, 72) ** 3, torch.randn(40, 72)
+    x[:, 0] = 0.0
+    quant = Int3Config(group_size=32)
+    module = AffineLinear(quant, 5, 72)
+    grid = Clipping(quant, [x.T @ x]).fit(module, weight)
+    decoded = grid.decode(Clipping(quant, [None]).choose(grid, weight, x.T @ x).codes_OI).double()  # type: ignore[union-attr]
+    for first in (0, 32, 64):
+        part, seen = weight[:, first : first + 32], x[:, first : first + 32].double()
+        alone = AffineLinear(Int3Config(group_size=-1), 5, part.shape[-1])
+        tops = part.abs().amax(-1, keepdim=True)
+        tried = []
+        for share in SHARES:
+            ranges = alone.fit(part.clamp(-share * tops, share * tops))
+            rounded = ranges.decode(ranges.round_columns(part, 0)).double()
+            tried.append((seen @ (rounded - part).T).square().sum(0))
+        found = (seen @ (decoded[:, first : first + 32] - part).T).square().sum(0)
+        torch.testing.assert_close(found, torch.stack(tried).amin(0), rtol=1e-3, atol=1e-9)
 
 
 def test_settings_out_of_range() -> None:

@@ -9,15 +9,17 @@ the mean magnitude of a channel and u that of its weights (each as a share of th
 ("duo", as in AutoAWQ and llm-compressor; the paper's own formula is s = x^a). The exponent a is the one of 0, 1/20, ..
 19/20 that leaves the least squared error of the outputs of all that read the tensor,
 tr((Q(W s)/s - W) H (Q(W s)/s - W)^T), on the very grid on which the weights will be stored; s = 1 where none is better.
-Experts that feed experts have factors of their own. Any rounder may follow.
+Experts that feed experts have factors of their own. Any rounder may follow; where it is rounding to nearest, the range
+of each group is searched as well (clip.py).
 
 Shape suffixes: O out features, I in features, U outputs of the source that are read, E experts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,8 +29,10 @@ from finetune.quant.base import QuantConfig
 from finetune.quant.dense import DenseExperts, DenseLinear
 from finetune.quant.freeze import empty_frozen
 from finetune.quant.packed import PackedWeight
-from finetune.quant.rounders.base import squared
+from finetune.quant.rounders.base import Rounder, squared
+from finetune.quant.rounders.rtn import RTN
 from finetune.quant.transforms.base import TRANSFORMS, Forward, Transform, TransformConfig
+from finetune.quant.transforms.clip import Clipping, group_of
 from finetune.quant.transforms.fold import fold
 from finetune.quant.transforms.search import Scaling
 from finetune.quant.transforms.statistics import Channels, Statistics, gather
@@ -50,10 +54,14 @@ class AWQConfig(TransformConfig):
 
     Attributes:
         formula: paper (of inputs alone), duo (inputs and the weights' own size), or both: whichever errs less.
+        clip: search the range of each group by the error of the output, where codes are rounded to nearest.
     """
+
+    needs_inputs: ClassVar[bool] = True
 
     name: str = "awq"
     formula: str = "both"
+    clip: bool = True
 
     def __post_init__(self) -> None:
         if self.formula not in FORMULAS:
@@ -85,6 +93,9 @@ class AWQ(Transform):
             fold(driver.model, scaling, found.by)
             figures = {"exponent": found.exponents, "error": found.error, "error_unscaled": found.error_unscaled}
             self.summary.folded[scaling.source] = figures
+
+    def rounder(self, rounder: Rounder, quant: QuantConfig, grams: Sequence[Tensor | None]) -> Rounder:
+        return Clipping(quant, grams) if self.config.clip and isinstance(rounder, RTN) else rounder
 
 
 class _Reader(NamedTuple):
@@ -226,7 +237,7 @@ def _energy(weight: Tensor, channels: list[Channels | None]) -> Tensor:
 
 def _share_of_group(size: Tensor, quant: QuantConfig) -> Tensor:
     """Magnitudes as shares of the largest of their group of columns; of their row where groups do not divide it."""
-    group = int(getattr(quant, "group_size", getattr(quant, "block_size", -1)))
+    group = group_of(quant)
     width = size.shape[-1]
     if group < 1 or width % group:
         group = width

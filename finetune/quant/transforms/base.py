@@ -8,12 +8,14 @@ projection that gives the tensor, and the projections that read it. Which those 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
+from finetune.quant.base import QuantConfig
+from finetune.quant.rounders.base import Rounder
 from finetune.quant.transforms.search import Scaling, Search
 from finetune.registry import Registry
 from finetune.structure.base import Projection
@@ -30,7 +32,7 @@ class TransformConfig:
         needs_inputs: whether it cannot work without calibration data.
     """
 
-    needs_inputs: ClassVar[bool] = True
+    needs_inputs: ClassVar[bool] = False
 
     name: str = "base"
 
@@ -68,8 +70,9 @@ class Transform(ABC):
             self._search = Search(driver.model, driver.structure)
         number = projections[0].block
         assert number is not None
+        said = len(self._search.notes)
         found = self._search.scalings(driver.structure.blocks[number], lambda: next(forward()))
-        self.summary.notes = list(self._search.notes)
+        self.summary.notes += self._search.notes[said:]
         return found
 
     @abstractmethod
@@ -82,3 +85,11 @@ class Transform(ABC):
             projections: of the block, those that will be quantized.
             forward: runs the block as it is now.
         """
+
+    def rounder(self, rounder: Rounder, quant: QuantConfig, grams: Sequence[Tensor | None]) -> Rounder:
+        """What chooses the codes of one weight; by default the rounder that was asked for.
+
+        Args:
+            grams: as `rounders.base.apply` takes them.
+        """
+        return rounder

@@ -9,7 +9,7 @@ place. Channels whose gamma is 0 stay.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 @dataclass
 class GammaConfig(TransformConfig):
     """No settings. Data is needed to see what reads a norm."""
+
+    needs_inputs: ClassVar[bool] = True
 
     name: str = "gamma"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from finetune.quant.transforms.base import TRANSFORMS, TransformConfig
 
@@ -11,8 +10,6 @@ from finetune.quant.transforms.base import TRANSFORMS, TransformConfig
 @dataclass
 class NoTransformConfig(TransformConfig):
     """No settings, and no data."""
-
-    needs_inputs: ClassVar[bool] = False
 
     name: str = "none"
 

@@ -69,10 +69,11 @@ class Search:
         self.model, self.structure = model, structure
         self.notes: list[str] = []
         self._known: dict[Any, tuple[str, list[Scaling], list[str]]] = {}
-        names: dict[int, int] = {}
-        for _, parameter in model.named_parameters(remove_duplicate=False):
-            names[id(parameter)] = names.get(id(parameter), 0) + 1
-        self._shared = {key for key, count in names.items() if count > 1}
+        # By name, since blocks may be brought into memory one after the other.
+        names: dict[int, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(name)
+        self._shared = {name for alike in names.values() if len(alike) > 1 for name in alike}
 
     @torch.no_grad()
     def scalings(self, block: str, go: Callable[[], object]) -> list[Scaling]:
@@ -120,8 +121,7 @@ class Search:
 
     def _is_shared(self, names: Sequence[str]) -> bool:
         """Whether a parameter that would be changed serves elsewhere, too."""
-        modules = (self.model.get_submodule(name) for name in names)
-        return any(id(p) in self._shared for module in modules for p in module.parameters())
+        return any(shared == name or shared.startswith(f"{name}.") for shared in self._shared for name in names)
 
     def _norm(self, probe: Probe, name: str) -> Scaling | None:
         """The readers of a norm, or None: with a note where projections read it, without where none does."""

@@ -13,7 +13,7 @@ Shape suffixes: I in features.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -40,6 +40,8 @@ class SmoothQuantConfig(TransformConfig):
     Attributes:
         alpha: how much of the difficulty moves into the weights, 0 to 1.
     """
+
+    needs_inputs: ClassVar[bool] = True
 
     name: str = "smoothquant"
     alpha: float = 0.5

@@ -1,0 +1,111 @@
+"""`finetune quantize transform=...`: a plain checkpoint that others read, the report, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+import finetune as ft
+from finetune.cli import quantize
+from finetune.errors import ConfigError
+
+WORDS = "the import statement returns a list of names that this method is called with when it reads a file".split()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("base") / "model"
+    tokenizer = AutoTokenizer.from_pretrained(
+        next((Path(ft.__file__).parent / "assets").rglob("tokenizer.json")).parent
+    )
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=128,
+        max_position_embeddings=128,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.1)
+    with torch.no_grad():  # a few outlier channels
+        for layer in model.model.layers:
+            layer.input_layernorm.weight[:2] *= 20
+            layer.post_attention_layernorm.weight[:2] *= 20
+    model.to(torch.bfloat16).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "rows.jsonl"
+    generator = torch.Generator().manual_seed(0)
+    rows = [
+        " ".join(WORDS[i] for i in torch.randint(0, len(WORDS), (60,), generator=generator).tolist()) for _ in range(30)
+    ]
+    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows), "utf-8")
+    return path
+
+
+def run(base: Path, text: Path, output: Path, *overrides: str) -> dict[str, Any]:
+    common = [f"model.path={base}", f"output={output}", "device=cpu", f"data.calibration={text}", "data.max_length=64"]
+    assert quantize([*common, *overrides]) == 0
+    return json.loads((output / "quantization.json").read_text("utf-8"))
+
+
+def logits(model: Any) -> torch.Tensor:
+    ids = torch.arange(40, 72).reshape(2, 16)
+    with torch.no_grad():
+        return model(input_ids=ids, use_cache=False).logits.float()
+
+
+@pytest.mark.parametrize(
+    ("transform", "calibrator", "quant"),
+    [
+        ("awq", "gptq", ["quant=nf4"]),
+        ("awq", "rtn", ["quant=int4", "quant.group_size=32"]),
+        ("smoothquant", "rtn", ["quant=int8"]),
+        ("gamma", "rtn", ["quant=int8g"]),
+    ],
+)
+def test_the_checkpoint_is_a_plain_one(
+    base: Path, text: Path, tmp_path: Path, transform: str, calibrator: str, quant: list[str]
+) -> None:
+    told = [f"transform={transform}", f"calibrator={calibrator}", *quant]
+    record = run(base, text, tmp_path / "out", *told)
+    assert (
+        record["transform"]["name"] == transform and record["transform"]["folded"] and not record["transform"]["notes"]
+    )
+    ours, _ = ft.load(str(tmp_path / "out"), dtype="fp32", device="cpu")
+    dense = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    assert ours.state_dict().keys() >= {"model.layers.0.input_layernorm.weight", "model.norm.weight"}
+    gain = ours.model.layers[0].input_layernorm.weight
+    assert not torch.equal(gain, dense.model.layers[0].input_layernorm.weight)
+    if quant[0] in ("quant=nf4", "quant=int8"):
+        stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, device_map={"": "cpu"})
+        distance = (logits(stock.eval()) - logits(ours)).norm() / logits(ours).norm()
+        assert float(distance) < (0.04 if quant[0] == "quant=nf4" else 0.1)
+    if quant[0].startswith("quant=int8"):
+        assert record["quality"]["kl_mean"] < 0.05
+    else:
+        plain = run(base, text, tmp_path / "plain", f"calibrator={calibrator}", *quant)
+        assert record["quality"]["kl_mean"] < plain["quality"]["kl_mean"]
+
+
+def test_a_transform_asks_for_text(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="transform=awq looks at inputs"):
+        quantize([f"model.path={base}", f"output={tmp_path / 'out'}", "transform=awq"])
+    with pytest.raises(ConfigError, match=r"transform.formula is 'dua': expected both \| paper \| duo; did you mean"):
+        quantize([f"model.path={base}", f"output={tmp_path / 'out'}", "transform=awq", "transform.formula=dua"])
+    assert not (tmp_path / "out").exists()
