@@ -26,6 +26,8 @@ FORMATS: dict[str, tuple[dict[str, Any], ...]] = {
     "nf4": ({},),
     "fp4": ({},),
     **{name: GRIDS for name in ("int8g", "int4", "int3", "int2")},
+    "q4_0": tuple({"outliers": outliers} for outliers in (0, 1, 2, 4)),
+    **{name: ({},) for name in ("q4_1", "q5_0", "q5_1", "q8_0")},
 }
 
 
