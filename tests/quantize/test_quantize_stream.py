@@ -110,7 +110,7 @@ def in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("family", "overrides"),
     [
-        ("embedded", GPTQ),
+        ("embedded", (*GPTQ, "data.samples=4")),
         ("llama", ("calibrator=gptq", "quant=nf4")),
         ("llama", ("calibrator=rtn", "quant=int8")),
         ("llama", (*GPTQ, "pruner=sparsegpt", "pruner.sparsity=0.5", "quant.symmetric=true")),

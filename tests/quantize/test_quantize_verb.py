@@ -272,7 +272,7 @@ def test_text_that_cannot_calibrate(base: Path, tmp_path: Path, content: str, wo
     assert not (tmp_path / "out").exists()
 
 
-def test_a_failure_leaves_nothing_and_an_older_directory_stands(
+def test_a_failure_leaves_no_output_and_an_older_directory_stands(
     base: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import finetune.quantize.write as writing
@@ -280,10 +280,14 @@ def test_a_failure_leaves_nothing_and_an_older_directory_stands(
     def fail(*_: Any, **__: Any) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(writing, "write_config", fail)
-    with pytest.raises(OSError, match="no space"):
-        run(base, text, tmp_path / "out", "quant=nf4")
-    assert not list(tmp_path.iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(writing, "write_config", fail)
+        with pytest.raises(OSError, match="no space"):
+            run(base, text, tmp_path / "out", "quant=nf4")
+    assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]  # the blocks that were done
+    run(base, text, tmp_path / "out", "quant=nf4")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    shutil.rmtree(tmp_path / "out")
     (tmp_path / "out").mkdir()
     with pytest.raises(ConfigError, match="exists already"):
         run(base, text, tmp_path / "out", "quant=nf4")
