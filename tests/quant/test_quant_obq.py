@@ -22,6 +22,7 @@ from finetune.quant.rounders import obq
 from finetune.quant.rounders.base import CALIBRATORS, apply
 from finetune.quant.rounders.gptq import GPTQ, GPTQConfig
 from finetune.quant.rounders.obq import OBQ, OBQConfig, eliminate
+from finetune.quant.rounders.zeros import ZerosKept
 from finetune.structure import inspect
 
 FORMATS: list[QuantConfig] = [
@@ -159,6 +160,19 @@ def test_mixed_inputs_lose_less_than_gptq_leaves() -> None:
     for rounder in (OBQ(), GPTQ()):
         left[type(rounder)] = apply(rounder, empty(config, 24, 64), w_OI, [gram_II]).error
     assert left[OBQ] < 0.95 * left[GPTQ]
+
+
+def test_weights_that_are_pruned_stay_zero() -> None:
+    """They cost nothing, so they go first, and no other weight's error is put on them."""
+    w_OI, gram_II, config = normal(12, 40), gram(40), Int4Config(group_size=32)
+    w_OI[normal(12, 40, seed=9) > 0] = 0
+    grid = empty(config, 12, 40).fit(w_OI)
+    choice = ZerosKept(OBQ()).choose(grid, w_OI, gram_II)
+    assert choice is not None
+    decoded = grid.decode(choice.codes_OI)
+    assert not decoded[w_OI == 0].any() and decoded[w_OI != 0].any()
+    nearest = loss(grid, w_OI, grid.round_columns(w_OI, 0), gram_II)
+    assert loss(grid, w_OI, choice.codes_OI, gram_II).sum() < 0.95 * nearest.sum()
 
 
 def test_experts_dead_inputs_and_odd_shapes() -> None:
