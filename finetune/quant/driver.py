@@ -1,4 +1,4 @@
-"""Quantize a model in memory block by block, each one calibrated on what the quantized blocks before it put out.
+"""Quantize a model block by block, each one calibrated on what the quantized blocks before it put out.
 
 The order is GPTQ's (Frantar et al. 2022, arXiv:2210.17323, section 4): a block is replaced before the inputs of the
 next one are made, and within a block what reads the same tensor is quantized together, before what reads the result

@@ -47,12 +47,14 @@ def quantize(config: QuantizeConfig) -> int:
         pruner_of(config, {})
     headers = check_path(config.model)
     from finetune.quantize.progress import Stopped
+    from finetune.quantize.state import partial
 
     with StopSignals() as signals:
         try:
             record = _make(config, headers, target, signals)
         except Stopped as stopped:
-            print(f"interrupted; the same command goes on after the last finished block of {target}")
+            later = "goes on after the last finished block" if partial(target).exists() else "starts anew"
+            print(f"interrupted; the same command {later}")
             return 128 + stopped.number
     print(f"{target}: read by {record['read_by']}; fine-tune it with `train.py model.path={config.output} quant=keep`")
     return 0

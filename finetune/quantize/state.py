@@ -33,6 +33,11 @@ FORMAT_VERSION = 1
 MANIFEST, LOCK = "manifest.json", "lock"
 
 
+def partial(target: Path) -> Path:
+    """The directory that belongs to an output."""
+    return target.with_name(f".{target.name}.partial")
+
+
 class State:
     """The directory of one run.
 
@@ -51,7 +56,7 @@ class State:
     """
 
     def __init__(self, target: Path, settings: Mapping[str, Any]) -> None:
-        self.path = target.with_name(f".{target.name}.partial")
+        self.path = partial(target)
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self.path / LOCK)
         try:
