@@ -98,11 +98,11 @@ def inject(model: Any, gain: float, batch: dict[str, Any]) -> None:
     from finetune.quant.transforms.search import Search
     from finetune.structure import inspect
 
-    structure = inspect(model)
+    structure, ids = inspect(model), batch["input_ids"][:1, :32]
     search = Search(model, structure)
     generator = torch.Generator().manual_seed(0)
     for block in structure.blocks:
-        for scaling in search.scalings(block, lambda: model(**batch, use_cache=False).logits):
+        for scaling in search.scalings(block, lambda: model(input_ids=ids, use_cache=False)):
             if scaling.is_norm:
                 by_I = torch.ones(len(scaling.rows_I))
                 by_I[torch.randperm(len(by_I), generator=generator)[:CHANNELS]] = 1 / gain
