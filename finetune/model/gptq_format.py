@@ -74,6 +74,11 @@ class Gptq(StoredFormat):
         form.told = told
         return form
 
+    def idle(self, held: Held) -> frozenset[str]:
+        """Biases of nothing but zeros, which early packages wrote for layers that have none."""
+        names = [f"{self.weight_of(mark).removesuffix('weight')}bias" for mark in self.marks(held)]
+        return frozenset(name for name in names if name in held and not any(held[name][0].read(held[name][1])))
+
     def settings(self, told: dict[str, Any], held: Held, where: str) -> AffineConfig:
         form = self._layout()
         if form not in (V1, V2) or told.get("is_marlin_format"):

@@ -104,6 +104,8 @@ def read_model(
         if task.judges_rows:
             report, new, left = settle(loaded, report)
             loading.notes += _told(new, left, task)
+        if loading.stored is not None:
+            report = {**report, "unexpected_keys": set(report["unexpected_keys"]) - loading.stored.idle}
         judge({**report, "mismatched_keys": {*report["mismatched_keys"], *loading.mismatched}}, directory)
         own_memory(loaded, loading.pages)
     loaded.requires_grad_(False)

@@ -44,12 +44,18 @@ class Storage:
         settings: of the checkpoint as ours.
         packed: the dtype that a packed weight is disguised as, by its name.
         method: `quant_method` of the checkpoint.
+        idle: names of its tensors that a model need not have a place for.
     """
 
     def __init__(
-        self, form: StoredFormat, settings: QuantConfig, packed: dict[str, torch.dtype], method: str = METHOD
+        self,
+        form: StoredFormat,
+        settings: QuantConfig,
+        packed: dict[str, torch.dtype],
+        method: str = METHOD,
+        idle: frozenset[str] = frozenset(),
     ) -> None:
-        self.format, self.settings, self.packed, self.method = form, settings, packed, method
+        self.format, self.settings, self.packed, self.method, self.idle = form, settings, packed, method, idle
 
     def __str__(self) -> str:
         """In words: the method, and the settings that it comes to."""
@@ -88,7 +94,13 @@ def storage_of(told: dict[str, Any] | None, headers: list[Header], where: str) -
     form = found[0].of(told or {})
     settings = form.settings(told or {}, held, where)
     weights = {form.weight_of(mark) for mark in form.marks(held)}
-    return Storage(form, settings, {name: form.disguise(held[name][1]) for name in weights if name in held}, method)
+    return Storage(
+        form,
+        settings,
+        {name: form.disguise(held[name][1]) for name in weights if name in held},
+        method,
+        form.idle(held),
+    )
 
 
 def quantization_config(

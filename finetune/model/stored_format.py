@@ -55,6 +55,10 @@ class StoredFormat(ABC):
         """The name of the weight that a mark belongs to."""
         return f"{mark.partition(f'.{self.mark}')[0]}.weight"
 
+    def idle(self, held: Held) -> frozenset[str]:
+        """Names of tensors that change nothing, which a model need not have a place for."""
+        return frozenset()
+
     def disguise(self, weight: StoredTensor) -> torch.dtype:
         """The dtype under which a packed weight is written."""
         return torch.uint8

@@ -220,6 +220,25 @@ def test_conv1ds_lie_as_linear_layers_do(checkpoint: Checkpoint, tmp_path: Path)
     assert_exact(read(packed.path), packed)
 
 
+def test_biases_of_zeros_that_no_layer_has_are_left_out(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    packed = write(checkpoint(), tmp_path / "q")
+    file = packed.path / "model.safetensors"
+    zeros = {f"{name}.bias": torch.zeros(len(weight.dense_OI())) for name, weight in packed.weights.items()}
+    tensors = load_file(file) | zeros
+    save_file(tensors, file)
+    assert_exact(read(packed.path), packed)
+    save_file(tensors | {f"{Q_PROJ}.bias": torch.ones(128)}, file)
+    with pytest.raises(ModelError, match=r"do not fit its config\.json: unexpected: .*0\.self_attn\.q_proj\.bias$"):
+        read(packed.path)
+
+
+def test_a_packed_head_is_kept_too(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    packed = write(checkpoint(), tmp_path / "q", modules=("lm_head", "mlp"), told=settings(lm_head=True))
+    loaded = read(packed.path)
+    assert "lm_head" in packed.weights and loaded.quant == Int4Config(group_size=32, head=True)
+    assert_exact(loaded, packed)
+
+
 def test_settings_in_a_file_of_their_own(checkpoint: Checkpoint, tmp_path: Path) -> None:
     packed = write(checkpoint(), tmp_path / "q", told={})
     with pytest.raises(ModelError, match=r"config\.json says nothing of a quantization, but the shards hold"):
