@@ -67,6 +67,7 @@ def table(record: dict[str, Any]) -> str:
     )
     if pruned:
         lines.append(f"{record['sparsity']:.2%} of the weights of the blocks are zero")
+    lines += _transform_lines(record["transform"])
     quality = record["quality"]
     if quality is not None:
         lines.append(
@@ -75,6 +76,15 @@ def table(record: dict[str, Any]) -> str:
             f" {_figure(quality['top1_agreement'])}, over {quality['tokens']} tokens"
         )
     return "\n".join(lines)
+
+
+def _transform_lines(transform: dict[str, Any]) -> list[str]:
+    """What a transform did, and the first tensor that it had to leave; nothing where there was none."""
+    folded, notes = transform.get("folded"), transform.get("notes", [])
+    if folded is None:
+        return []
+    left = f"; {len(notes)} left: {notes[0]}" if notes else ""
+    return [f"transform {transform['name']}: {len(folded)} tensors scaled{left}"]
 
 
 def _figure(value: float | None) -> str:

@@ -80,13 +80,20 @@ def logits(model: Any) -> torch.Tensor:
     ],
 )
 def test_the_checkpoint_is_a_plain_one(
-    base: Path, text: Path, tmp_path: Path, transform: str, calibrator: str, quant: list[str]
+    base: Path,
+    text: Path,
+    tmp_path: Path,
+    transform: str,
+    calibrator: str,
+    quant: list[str],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     told = [f"transform={transform}", f"calibrator={calibrator}", *quant]
     record = run(base, text, tmp_path / "out", *told)
     assert (
         record["transform"]["name"] == transform and record["transform"]["folded"] and not record["transform"]["notes"]
     )
+    assert f"transform {transform}: {len(record['transform']['folded'])} tensors scaled\n" in capsys.readouterr().out
     ours, _ = ft.load(str(tmp_path / "out"), dtype="fp32", device="cpu")
     dense = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     assert ours.state_dict().keys() >= {"model.layers.0.input_layernorm.weight", "model.norm.weight"}

@@ -43,9 +43,8 @@ class Clipping(Rounder):
         chosen = list(groups)
         for share in SHARES:
             cut = [group.clamp(-share * top, share * top) for group, top in zip(groups, most, strict=True)]
-            clipped = torch.cat(cut, dim=-1)
-            grid = module.fit(clipped)
-            errors = self._errors(grid.decode(grid.round_columns(clipped, 0)) - w)
+            grid = module.fit(torch.cat(cut, dim=-1))
+            errors = self._errors(grid.decode(grid.round_columns(w, 0)) - w)
             if not best:
                 best = errors
                 continue
