@@ -91,6 +91,28 @@ def integer_layers(model: nn.Module) -> Iterator[tuple[str, IntegerLinear]]:
     yield from ((name, module) for name, module in model.named_modules() if isinstance(module, IntegerLinear))
 
 
+def largest_difference(ours: nn.Module, theirs: nn.Module) -> float:
+    """Of any layer in integers from its namesake when both are given what ours meets, as a share of its output.
+
+    Logits cannot tell: one value beyond a rounding boundary, by the last bit of a sum, moves them by 1e-3.
+    """
+    worst = [0.0]
+
+    def compare(name: str) -> Any:
+        def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            difference = theirs.get_submodule(name)(inputs[0]) - output
+            worst.append(float(difference.norm() / output.norm()))
+
+        return hook
+
+    handles = [layer.register_forward_hook(compare(name)) for name, layer in integer_layers(ours)]
+    logits(ours)
+    for handle in handles:
+        handle.remove()
+    assert len(worst) == len(handles) + 1
+    return max(worst)
+
+
 def rounding(config: Any, scale: Tensor | None) -> Any:
     """A hook that rounds the input of a dense layer as the paper says, in floating point."""
     most = {"w8a8": 127, "w6a6": 31}[config.name]
@@ -129,7 +151,8 @@ def test_a_dense_model_that_rounds_in_floats_gives_the_same_logits(
         linear.weight.data = layer.dequantize(torch.float32)
         linear.register_forward_pre_hook(rounding(config, layer.input_scale))
     theirs = logits(dense)
-    assert (logits(ours) - theirs).norm() < 1e-5 * theirs.norm()
+    assert largest_difference(ours, dense) < 1e-6
+    assert (logits(ours) - theirs).norm() < 5e-3 * theirs.norm()
 
 
 @pytest.mark.parametrize(("overrides", "config"), CASES, ids=["-".join(o) for o, _ in CASES])
@@ -143,7 +166,8 @@ def test_stock_transformers_opens_it(made: Made, overrides: list[str], config: A
     for name, layer in integer_layers(ours):
         assert torch.equal(stock.get_submodule(name).weight, layer.dequantize(torch.float32))
     # Its dynamic scales are max / 127.5, ours max / 127: rounded otherwise, but as finely.
-    assert (theirs - logits(ours)).norm() < (1e-5 if config.static else 0.1) * theirs.norm()
+    assert largest_difference(ours, stock) < (1e-6 if config.static else 0.05)
+    assert (theirs - logits(ours)).norm() < (5e-3 if config.static else 0.15) * theirs.norm()
 
 
 def test_the_layout_by_hand(base: Path, made: Made) -> None:
