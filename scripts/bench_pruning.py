@@ -49,6 +49,7 @@ def main() -> None:
     config = CalibrationConfig(calibration="pydocs", eval="pydocs", samples=PIECES, max_length=LENGTH)
     text = read_text(config, tokenizer, len(tokenizer), LENGTH, Int4Config())
     reference, batches = Reference(model, text.eval[:EVAL]), batches_of(text.calibration)
+    kinds: dict[str, Any] = PRUNERS.types()
     storage: dict[str, Any] = {"none": DenseConfig(), "int4": Int4Config()}
     rows: list[dict[str, Any]] = json.loads(RESULT.read_text("utf-8"))["rows"] if RESULT.is_file() else []
     done = {(row["quant"], row["pattern"], row["pruner"]) for row in rows}
@@ -56,7 +57,7 @@ def main() -> None:
     for quant, pattern, name in cells:
         if (quant, pattern, name) in done:
             continue
-        twin, pruner = copy.deepcopy(model), PRUNERS.build(PRUNERS.type_of(name)(pattern=pattern))
+        twin, pruner = copy.deepcopy(model), PRUNERS.build(kinds[name](pattern=pattern))
         structure = inspect(twin)
         layers = Driver(twin, structure, storage[quant], GPTQ(), batches, pruner=pruner).go()
         error = sum(layer.error for layer in layers) / len(layers)
