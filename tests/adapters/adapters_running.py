@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from adapters_models import ids, task_of
+from adapters_models import ids, inputs, task_of
 from torch import Tensor, nn
 
 from finetune.adapters.base import Adapter
@@ -40,6 +40,26 @@ def widened(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         if isinstance(module, FullCopy):
             module.dtype = dtype  # it still rounds to what was stored
     return wide
+
+
+@torch.no_grad()
+def routed_alike(first: nn.Module, second: nn.Module) -> Any:
+    """Positions [B, S] up to which both models of experts send every token to the same experts; for others, everything.
+
+    Rounding weights to 16 bits moves routers by as much, and where two experts were as good as equal another one is
+    chosen: that is no error of merging, and everything that reads such a token differs by as much as experts do.
+    """
+    if not getattr(first.config, "num_local_experts", 0):
+        return ...
+    chosen = []
+    for model in (first, second):
+        said = model(**inputs(model), output_router_logits=True).router_logits
+        size = inputs(model)["input_ids"].shape
+        best = [layer.topk(model.config.num_experts_per_tok).indices.sort().values for layer in said]
+        chosen.append(torch.stack(best, dim=1).view(*size, -1))
+    same = (chosen[0] == chosen[1]).all(-1).cumprod(1).bool()
+    assert same.float().mean() >= 0.4, "most tokens are sent elsewhere: that is more than rounding"
+    return same
 
 
 def write(model: nn.Module, tokens: int = 8, **settings: Any) -> Any:
