@@ -25,7 +25,8 @@ REFERENCE = grid.OURS
 INTRODUCTION = (
     "Each run is on one CPU thread: {text} steps on the embedded base (E2E, WikiSQL), {classes} on"
     " all-MiniLM-L6-v2 (SST-2, CoLA), at the method's own learning rate and the rest at its defaults (bitfit:"
-    " bias=all). The rate is the best of three on development rows of E2E and SST-2, {tries} steps each. What is"
+    " bias=all). The rate is the best of three on development rows of E2E and SST-2, {tries} steps each; \\* is a"
+    " preset whose search is not finished. What is"
     " shown is of test rows: mean ± largest distance from it over three seeds on NF4, one seed elsewhere."
     " *Of LoRA's* is the fall of the development loss as a share of LoRA's. Memory is the peak above the"
     " imports, seconds are of the CPU in training, both of NF4. `peft_lora` is PEFT's own, at LoRA's rank and"
@@ -49,9 +50,9 @@ def _table(name: str, task: Task, rows: list[dict[str, Any]], names: list[str]) 
     final = [row for row in rows if row["phase"] == "final" and row["task"] == name]
     for method in names:
         if grid.carried(method, name):
-            rate = grid.choose(method, rows)
+            rate = grid.rate_of(method, rows)
             mine = [row for row in final if row["method"] == method and row["learning_rate"] == rate]
-            shown = rate if rate is not None else MISSING
+            shown = MISSING if rate is None else f"{rate:g}" + ("" if grid.choose(method, rows) else "\\*")
             lines.append(f"| `{method}` | {shown} | {_cells(task, method, mine, _falls(final, method))} |")
     return lines
 

@@ -73,7 +73,8 @@ def test_missing_rows_are_said_to_be_missing() -> None:
     measured = {"trainable": 1200, "peak_memory_bytes": 3e8, "cpu_seconds": 12.0, "bleu": 0.25}
     text = methods_page.section([*found, row(middle, 3.0, phase="final", **measured)], ["lora", "ia3"])
     assert "| `lora` | 0.002 | 1,200 | 25.0 (2 missing) | missing | missing | 100% | 300 | 12 |" in text
-    assert "| `ia3` | missing |" in text
+    assert "| `ia3` | 0.08\\* | missing | missing |" in text, "a preset, and said to be no more than that"
+    assert "| `peft_lora` | missing | missing |" in methods_page.section(found, ["lora", "peft_lora"])
 
 
 def test_bleu_against_known_values() -> None:

@@ -17,7 +17,7 @@ class PrefixConfig(KeyValueConfig):
     """Prefix tuning."""
 
     name: str = "prefix"
-    learning_rate: float = 0.004
+    learning_rate: float = 0.00025
     reparametrise: bool = True
 
 

@@ -106,11 +106,11 @@ class ShardWriter:
         if not self._pending:
             return
         path = self._draft(len(self._shards))
-        path.touch()
-        mode = path.stat().st_mode  # as of any new file; safetensors 0.8 puts one in its place that only we could read
         try:
+            path.touch()
+            mode = path.stat().st_mode  # of any new file; safetensors 0.8 puts one in its place that only we could read
             save_file(self._pending, path, metadata={"format": "pt"})
-        except SafetensorError as error:
+        except (OSError, SafetensorError) as error:
             raise OSError(f"{path} cannot be written: {error}") from error
         path.chmod(mode)
         self._shards.append(list(self._pending))

@@ -6,7 +6,7 @@ inputs share a scale stands in config.json alone. These are the keys that our mo
 is renamed.
 
 Static scales give the same codes there as here. Dynamic ones are max / 127 here, as in SmoothQuant and vLLM's kernels,
-and max / 127.5 in compressed-tensors' emulation, through which transformers runs: it rounds inputs a little differently.
+and max / 127.5 in compressed-tensors' emulation, through which transformers runs: it rounds inputs a bit differently.
 """
 
 from __future__ import annotations

@@ -89,8 +89,8 @@ def searches(task: str, names: list[str]) -> list[Job]:
 
 
 def finals(tasks: list[str], names: list[str], rows: list[Job]) -> list[Job]:
-    """The runs that are reported, of methods that a rate was chosen for: each cell of all tasks before the next."""
-    chosen = {name: choose(name, rows) for name in names}
+    """The runs that are reported, of methods that have a rate: each cell of all tasks before the next."""
+    chosen = {name: rate_of(name, rows) for name in names}
     return [
         {
             "phase": "final", "task": task, "steps": TASKS[task].steps,
@@ -114,6 +114,16 @@ def fall(row: Job) -> float:
     if "diverged" in row or row["dev_loss"] is None or math.isnan(row["dev_loss"]):
         return -math.inf
     return float(row["dev_loss_first"] - row["dev_loss"])
+
+
+def rate_of(method: str, rows: list[Job]) -> float | None:
+    """The rate chosen; before every one has been tried the method's own preset. None for a method without one."""
+    from finetune.adapters.base import ADAPTERS
+
+    chosen = choose(method, rows)
+    if chosen is None and method in ADAPTERS.types():
+        return float(ADAPTERS.type_of(method)().learning_rate)
+    return chosen
 
 
 def choose(method: str, rows: list[Job]) -> float | None:

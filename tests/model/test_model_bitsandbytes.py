@@ -149,7 +149,8 @@ def test_a_storage_we_do_not_read_is_named(checkpoint: Checkpoint, tmp_path: Pat
     shutil.copytree(checkpoint("Llama"), tmp_path / "base")
     config = json.loads((tmp_path / "base" / "config.json").read_text())
     for told, message in [
-        ({"quant_method": "gptq", "bits": 4}, "stored as gptq"),
+        ({"quant_method": "aqlm", "bits": 4}, "stored as aqlm"),
+        ({"quant_method": "gptq", "bits": 4}, "says gptq, but the shards hold no quantized weight"),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "the shards hold no quantized weight"),
         ({"quant_method": "finetune", "format_version": 2}, "format_version 2"),
     ]:
