@@ -19,10 +19,11 @@ from torch import Tensor
 
 from finetune.errors import ModelError
 from finetune.kernels import affine
-from finetune.model.integer_state import FLOATING, affine_config, affine_state, as_bytes, complete, fits, number
+from finetune.model.integer_state import FLOATING, affine_config, affine_state, as_bytes, complete, number
 from finetune.model.stored_format import Held, StoredFormat
 from finetune.quant.affine_storage import CHUNK, AffineConfig
 from finetune.quant.base import QuantConfig
+from finetune.quant.facts import checked
 
 METHOD = "awq"
 LAYOUT = "gemm"
@@ -61,9 +62,9 @@ class Awq(StoredFormat):
         complete(stored, self.companions, path)
         width, rows = len(stored["qweight"]), stored["scales"].shape[-1]
         groups = affine.groups(width, quant.group_size)
-        fits(stored, path, "qweight", (width, rows // PACKED), torch.int32)
-        fits(stored, path, "qzeros", (groups, rows // PACKED), torch.int32)
-        fits(stored, path, "scales", (groups, rows), *FLOATING)
+        checked(stored, path, "qweight", (width, rows // PACKED), torch.int32)
+        checked(stored, path, "qzeros", (groups, rows // PACKED), torch.int32)
+        checked(stored, path, "scales", (groups, rows), *FLOATING)
         symmetric = quant.symmetric and bool((_unpacked(stored["qzeros"]) == 2 ** (BITS - 1)).all())
         return replace(quant, symmetric=symmetric)
 

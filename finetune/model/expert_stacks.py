@@ -24,7 +24,7 @@ from finetune.model.stored_format import StoredFormat
 from finetune.quant.affine_ordered import ORDER
 from finetune.quant.affine_storage import FACTS, AffineConfig
 from finetune.quant.base import QuantConfig
-from finetune.quant.bnb_state import pack_json, unpack_json
+from finetune.quant.facts import pack_json, unpack_json
 
 OUTPUTS = 1
 """The dimension of a stack [E, O, I] that converters join along."""

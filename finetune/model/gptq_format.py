@@ -38,12 +38,12 @@ from finetune.model.integer_state import (
     as_bytes,
     column_order,
     complete,
-    fits,
     number,
 )
 from finetune.model.stored_format import Held, StoredFormat
 from finetune.quant.affine_storage import AffineConfig
 from finetune.quant.base import QuantConfig
+from finetune.quant.facts import checked
 
 METHOD = "gptq"
 V1, V2 = "gptq", "gptq_v2"
@@ -103,10 +103,10 @@ class Gptq(StoredFormat):
             size = members if members < width else -1
         found = affine_config(bits, size, quant.symmetric, f"{path}qweight")
         groups = affine.groups(width, size)
-        fits(stored, path, "qweight", (_words(width, bits), rows), torch.int32)
-        fits(stored, path, "qzeros", (groups, _words(rows, bits)), torch.int32)
-        fits(stored, path, "scales", (groups, rows), *FLOATING)
-        fits(stored, path, "g_idx", (width,), torch.int32, torch.int64)
+        checked(stored, path, "qweight", (_words(width, bits), rows), torch.int32)
+        checked(stored, path, "qzeros", (groups, _words(rows, bits)), torch.int32)
+        checked(stored, path, "scales", (groups, rows), *FLOATING)
+        checked(stored, path, "g_idx", (width,), torch.int32, torch.int64)
         middle = found.symmetric and bool((self._zeros(stored, bits) == 2 ** (bits - 1)).all())
         return replace(found, symmetric=middle)
 

@@ -16,7 +16,7 @@ from finetune.kernels import affine
 from finetune.quant.affine_ordered import ORDER
 from finetune.quant.affine_storage import BITS, CHUNK, FACTS, FORMAT_VERSION, AffineConfig
 from finetune.quant.base import QUANTIZERS
-from finetune.quant.bnb_state import pack_json
+from finetune.quant.facts import pack_json
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32)
 """dtypes that scales come in."""
@@ -63,18 +63,6 @@ def complete(stored: dict[str, Tensor], keys: Iterable[str], path: str) -> None:
     for key in keys:
         if key not in stored:
             raise ModelError(f"{path}{key} is missing from the checkpoint")
-
-
-def fits(stored: dict[str, Tensor], path: str, key: str, shape: tuple[int, ...], *kinds: torch.dtype) -> None:
-    """Refuse a companion of another shape or dtype.
-
-    Raises:
-        ModelError: naming both.
-    """
-    value = stored[key]
-    if tuple(value.shape) != shape or value.dtype not in kinds:
-        found, wanted = f"{list(value.shape)} {value.dtype}", f"{list(shape)} {kinds[0]}"
-        raise ModelError(f"{path}{key} is {found}, expected {wanted}")
 
 
 def affine_state(

@@ -22,7 +22,7 @@ from finetune.kernels import affine
 from finetune.kernels.operand import Operand
 from finetune.quant.affine_grid import AffineGrid, clipped_shares
 from finetune.quant.base import QUANTIZERS, QuantConfig
-from finetune.quant.bnb_state import FLOATS, pack_json, unpack_json
+from finetune.quant.facts import FLOATS, facts_of, pack_json, reader, same_shape
 from finetune.quant.grid import Grid
 from finetune.quant.packed import PackedWeight
 
@@ -219,22 +219,10 @@ class Affine(PackedWeight):
 
     def take_state(self, state: dict[str, Tensor], name: str = "") -> None:
         facts = read_facts(state, name)
-        if tuple(facts["shape"]) != self.shape:
-            raise ModelError(f"{name}weight: the checkpoint has shape {facts['shape']}, expected {list(self.shape)}")
-        device = state["weight"].device if self.weight.is_meta else self.weight.device
+        same_shape(facts["shape"], self.shape, name)
         rows, width = self.shape[:-1], affine.packed_width(self.in_features, facts["bits"])
         scales = (*rows, affine.groups(self.in_features, facts["group_size"]))
-
-        def tensor(key: str, shape: tuple[int, ...], *kinds: torch.dtype) -> Tensor:
-            if key not in state:
-                raise ModelError(f"{name}{key} is missing from the checkpoint")
-            value = state[key].detach().to(device)
-            if tuple(value.shape) != shape or value.dtype not in kinds:
-                found, wanted = f"{list(value.shape)} {value.dtype}", f"{list(shape)} {kinds[0]}"
-                raise ModelError(f"{name}{key} is {found}, expected {wanted}")
-            return value
-
-        kind = ZERO_POINTS[facts["zero_point"]]
+        tensor, kind = reader(state, name, self.weight), ZERO_POINTS[facts["zero_point"]]
         stored = Stored(
             tensor("weight", (*rows, width), torch.uint8),
             tensor("weight.scale", scales, torch.float16, torch.float32),
@@ -257,20 +245,8 @@ def read_facts(state: dict[str, Tensor], name: str = "") -> dict[str, Any]:
     Raises:
         ModelError: naming the key and what is wrong with it.
     """
-    where = name + FACTS
-    if "weight" not in state or FACTS not in state:
-        raise ModelError(f"{name}weight: expected codes and {FACTS}, the checkpoint has {sorted(state)}")
-    try:
-        facts = unpack_json(state[FACTS])
-    except ValueError as error:
-        raise ModelError(f"{where} is not JSON: {error}") from error
-    needed = {"format_version", "bits", "group_size", "zero_point", "dtype", "shape"}
-    if not isinstance(facts, dict) or not needed <= facts.keys():
-        raise ModelError(f"{where} does not hold {', '.join(sorted(needed))}: {facts}")
-    if facts["format_version"] != FORMAT_VERSION:
-        raise ModelError(f"{where} has format_version {facts['format_version']}, this program reads {FORMAT_VERSION}")
-    known = facts["bits"] in BITS.values() and facts["zero_point"] in ZERO_POINTS and facts["dtype"] in FLOATS
-    size = facts["group_size"]
+    facts = facts_of(state, name, FACTS, FORMAT_VERSION, ("bits", "group_size", "zero_point"))
+    known, size = facts["bits"] in BITS.values() and facts["zero_point"] in ZERO_POINTS, facts["group_size"]
     if not known or not isinstance(size, int) or (size != -1 and size < 1):
-        raise ModelError(f"{where} is not a storage we can read: {facts}")
+        raise ModelError(f"{name}{FACTS} is not a storage we can read: {facts}")
     return facts

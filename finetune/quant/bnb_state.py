@@ -8,7 +8,6 @@ which transformers reads. Nothing is pickled.
 
 from __future__ import annotations
 
-import json
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +17,12 @@ from torch import Tensor
 from finetune.errors import ModelError
 from finetune.kernels import codebook as books
 from finetune.kernels.reference import NESTED_BLOCK, Packed4bit
+from finetune.quant.facts import FLOATS, facts_in, pack_json, same_shape
 
 if TYPE_CHECKING:
     from finetune.quant.codebook4_storage import Codebook4
 
 _STATE = "weight.quant_state.bitsandbytes__"
-FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def bnb_state(module: Codebook4) -> dict[str, Tensor]:
@@ -63,12 +62,10 @@ def from_bnb_state(module: Codebook4, state: dict[str, Tensor], name: str = "") 
         ModelError: when a key is missing or a tensor does not fit the module, naming the key.
     """
     facts = _facts(state, name)
-    shape = tuple(facts.get("shape") or ())
-    if shape != module.shape:
-        raise ModelError(f"{name}weight: the checkpoint has shape {list(shape)}, expected {list(module.shape)}")
+    same_shape(facts["shape"], module.shape, name)
     device = state["weight"].device if module.weight.is_meta else module.weight.device
     block_size, nested = int(facts["blocksize"]), "weight.nested_absmax" in state
-    count = prod(shape)
+    count = prod(module.shape)
     blocks = -(-count // block_size)
 
     def tensor(key: str, size: int, dtype: torch.dtype) -> Tensor:
@@ -102,28 +99,13 @@ def from_bnb_state(module: Codebook4, state: dict[str, Tensor], name: str = "") 
     module.hold(packed)
 
 
-def pack_json(facts: dict[str, Any]) -> Tensor:
-    """A dictionary as UTF-8 JSON in a uint8 tensor, as bitsandbytes' `pack_dict_to_tensor` writes it."""
-    return torch.tensor(list(json.dumps(facts).encode("utf-8")), dtype=torch.uint8)
-
-
-def unpack_json(packed: Tensor) -> Any:
-    """The inverse of `pack_json`."""
-    return json.loads(bytes(packed.cpu().contiguous().numpy()).decode("utf-8"))
-
-
 def _facts(state: dict[str, Tensor], name: str) -> dict[str, Any]:
     """The settings that a checkpoint's JSON tensor holds, checked."""
     keys = [key for key in state if key.startswith(_STATE)]
     if "weight" not in state or len(keys) != 1:
         raise ModelError(f"{name}weight: expected codes and one {_STATE}nf4 or fp4, the checkpoint has {sorted(state)}")
     where = name + keys[0]
-    try:
-        facts = unpack_json(state[keys[0]])
-    except ValueError as error:
-        raise ModelError(f"{where} is not JSON: {error}") from error
-    if not isinstance(facts, dict) or not {"quant_type", "blocksize", "dtype", "shape"} <= facts.keys():
-        raise ModelError(f"{where} does not hold quant_type, blocksize, dtype and shape: {facts}")
+    facts = facts_in(state[keys[0]], ("quant_type", "blocksize", "dtype", "shape"), where)
     size = facts["blocksize"]
     if facts["quant_type"] not in books.CODEBOOKS or facts["dtype"] not in FLOATS:
         raise ModelError(f"{where}: quant_type {facts['quant_type']!r} of {facts['dtype']!r} is not one we can read")

@@ -21,7 +21,7 @@ from finetune.errors import ConfigError, ModelError
 from finetune.kernels import ggml
 from finetune.kernels.operand import Operand
 from finetune.quant.base import QUANTIZERS, QuantConfig
-from finetune.quant.bnb_state import FLOATS, pack_json, unpack_json
+from finetune.quant.facts import FLOATS, facts_of, pack_json, reader, same_shape
 from finetune.quant.ggml_grid import GgmlGrid
 from finetune.quant.grid import Grid
 from finetune.quant.packed import PackedWeight
@@ -131,24 +131,12 @@ class Ggml(PackedWeight):
 
     def take_state(self, state: dict[str, Tensor], name: str = "") -> None:
         facts = read_facts(state, name)
-        if tuple(facts["shape"]) != self.shape:
-            raise ModelError(f"{name}weight: the checkpoint has shape {facts['shape']}, expected {list(self.shape)}")
-        device = state["weight"].device if self.weight.is_meta else self.weight.device
-        rows, outliers = self.shape[:-1], facts.get("outliers", 0)
-
-        def tensor(key: str, width: int, kind: torch.dtype) -> Tensor:
-            if key not in state:
-                raise ModelError(f"{name}{key} is missing from the checkpoint")
-            value = state[key].detach().to(device)
-            if tuple(value.shape) != (*rows, width) or value.dtype != kind:
-                found, wanted = f"{list(value.shape)} {value.dtype}", f"{[*rows, width]} {kind}"
-                raise ModelError(f"{name}{key} is {found}, expected {wanted}")
-            return value
-
-        blocks_OP = tensor("weight", ggml.packed_width(self.in_features, facts["type"]), torch.uint8)
+        same_shape(facts["shape"], self.shape, name)
+        tensor, rows, outliers = reader(state, name, self.weight), self.shape[:-1], facts.get("outliers", 0)
+        blocks_OP = tensor("weight", (*rows, ggml.packed_width(self.in_features, facts["type"])), torch.uint8)
         places = values = None
         if outliers:
-            aside = ggml.blocks(self.in_features) * outliers
+            aside = (*rows, ggml.blocks(self.in_features) * outliers)
             places, values = tensor("weight.places", aside, torch.uint8), tensor("weight.values", aside, torch.float16)
             if not places.is_meta and bool((places >= ggml.BLOCK).any()):
                 raise ModelError(f"{name}weight.places names a weight beyond its block of {ggml.BLOCK}")
@@ -188,20 +176,8 @@ def read_facts(state: dict[str, Tensor], name: str = "") -> dict[str, Any]:
     Raises:
         ModelError: naming the key and what is wrong with it.
     """
-    where = name + FACTS
-    if "weight" not in state or FACTS not in state:
-        raise ModelError(f"{name}weight: expected blocks and {FACTS}, the checkpoint has {sorted(state)}")
-    try:
-        facts = unpack_json(state[FACTS])
-    except ValueError as error:
-        raise ModelError(f"{where} is not JSON: {error}") from error
-    needed = {"format_version", "type", "dtype", "shape"}
-    if not isinstance(facts, dict) or not needed <= facts.keys():
-        raise ModelError(f"{where} does not hold {', '.join(sorted(needed))}: {facts}")
-    if facts["format_version"] != FORMAT_VERSION:
-        raise ModelError(f"{where} has format_version {facts['format_version']}, this program reads {FORMAT_VERSION}")
+    facts = facts_of(state, name, FACTS, FORMAT_VERSION, ("type",), "blocks")
     outliers = facts.get("outliers", 0)
-    known = isinstance(outliers, int) and 0 <= outliers <= MOST_OUTLIERS
-    if facts["type"] not in ggml.LAYOUTS or facts["dtype"] not in FLOATS or not known:
-        raise ModelError(f"{where} is not a storage we can read: {facts}")
+    if facts["type"] not in ggml.LAYOUTS or not isinstance(outliers, int) or not 0 <= outliers <= MOST_OUTLIERS:
+        raise ModelError(f"{name}{FACTS} is not a storage we can read: {facts}")
     return facts

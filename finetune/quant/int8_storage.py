@@ -21,6 +21,7 @@ from finetune.errors import ConfigError, ModelError
 from finetune.kernels import int8
 from finetune.kernels.operand import Operand
 from finetune.quant.base import QuantConfig
+from finetune.quant.facts import reader
 from finetune.quant.grid import Grid
 from finetune.quant.int8_grid import Int8Grid
 from finetune.quant.packed import PackedWeight
@@ -114,16 +115,7 @@ class Int8(PackedWeight):
         return {"weight": self.weight.detach(), "SCB": self.SCB.detach(), "weight_format": layout}
 
     def take_state(self, state: dict[str, Tensor], name: str = "") -> None:
-        device = state["weight"].device if self.weight.is_meta and "weight" in state else self.weight.device
-
-        def tensor(key: str, shape: tuple[int, ...], kind: torch.dtype) -> Tensor:
-            if key not in state:
-                raise ModelError(f"{name}{key} is missing from the checkpoint")
-            value = state[key].detach().to(device)
-            if tuple(value.shape) != shape or value.dtype != kind:
-                raise ModelError(f"{name}{key} is {list(value.shape)} {value.dtype}, expected {list(shape)} {kind}")
-            return value
-
+        tensor = reader(state, name, self.weight)
         layout = int(state.get("weight_format", torch.tensor(ROW_MAJOR)))
         if layout != ROW_MAJOR:
             raise ModelError(f"{name}weight_format is {layout}: expected {ROW_MAJOR} (rows); save it with bitsandbytes")

@@ -22,6 +22,7 @@ from finetune.errors import ConfigError, ModelError
 from finetune.kernels import w8a8
 from finetune.kernels.operand import Operand
 from finetune.quant.base import QUANTIZERS, QuantConfig
+from finetune.quant.facts import FLOATS, reader
 from finetune.quant.grid import Grid
 from finetune.quant.packed import PackedWeight
 from finetune.quant.w8a8_grid import W8A8Grid, survivable
@@ -157,21 +158,10 @@ class Integer(PackedWeight):
         return {name: tensor.detach() for name, tensor in held if tensor is not None}
 
     def take_state(self, state: dict[str, Tensor], name: str = "") -> None:
-        device = state["weight"].device if self.weight.is_meta and "weight" in state else self.weight.device
-
-        def tensor(key: str, shape: tuple[int, ...], *kinds: torch.dtype) -> Tensor:
-            if key not in state:
-                raise ModelError(f"{name}{key} is missing from the checkpoint")
-            value = state[key].detach().to(device)
-            if tuple(value.shape) != shape or value.dtype not in kinds:
-                found, wanted = f"{list(value.shape)} {value.dtype}", f"{list(shape)} {kinds[0]}"
-                raise ModelError(f"{name}{key} is {found}, expected {wanted}")
-            return value
-
-        floats = (torch.float32, torch.bfloat16, torch.float16)
+        tensor = reader(state, name, self.weight)
         codes = tensor("weight", self.shape, torch.int8)
-        scale = tensor("weight_scale", self._scale_shape(), *floats).float()
-        static = tensor("input_scale", (1,), *floats).float() if self._holds_input_scale() else None
+        scale = tensor("weight_scale", self._scale_shape(), *FLOATS.values()).float()
+        static = tensor("input_scale", (1,), *FLOATS.values()).float() if self._holds_input_scale() else None
         if static is None and "input_scale" in state:
             raise ModelError(f"{name}input_scale is in the checkpoint, but the settings say {self.inputs} scales")
         self.hold([codes, scale, static])

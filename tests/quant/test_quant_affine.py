@@ -18,7 +18,7 @@ from finetune.quant.affine import AffineExperts, AffineLinear, Int2Config, Int3C
 from finetune.quant.affine_grid import AffineGrid
 from finetune.quant.affine_storage import FACTS
 from finetune.quant.base import QUANTIZERS
-from finetune.quant.bnb_state import pack_json, unpack_json
+from finetune.quant.facts import pack_json, unpack_json
 from finetune.quant.freeze import freeze
 from finetune.structure.inspect import inspect
 

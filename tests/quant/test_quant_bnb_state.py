@@ -11,8 +11,9 @@ from torch import Tensor
 
 from finetune.errors import ModelError
 from finetune.quant.base import QUANTIZERS
-from finetune.quant.bnb_state import bnb_state, from_bnb_state, pack_json, unpack_json
+from finetune.quant.bnb_state import bnb_state, from_bnb_state
 from finetune.quant.codebook4 import Codebook4Linear
+from finetune.quant.facts import pack_json, unpack_json
 from finetune.quant.fp4 import FP4Config
 from finetune.quant.nf4 import NF4Config
 

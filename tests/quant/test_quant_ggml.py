@@ -21,7 +21,7 @@ from finetune.errors import ConfigError, ModelError
 from finetune.kernels import ggml
 from finetune.kernels.operand_linear import operand_linear
 from finetune.quant.base import QUANTIZERS
-from finetune.quant.bnb_state import pack_json, unpack_json
+from finetune.quant.facts import pack_json, unpack_json
 from finetune.quant.ggml import Q4_0Config
 from finetune.quant.ggml_grid import GgmlGrid
 from finetune.quant.ggml_storage import FACTS
