@@ -21,9 +21,10 @@ from finetune.errors import ModelError
 from finetune.kernels import affine
 from finetune.model.integer_state import FLOATING, affine_config, affine_state, as_bytes, complete, number
 from finetune.model.stored_format import Held, StoredFormat
-from finetune.quant.affine_storage import CHUNK, AffineConfig
+from finetune.quant.affine_storage import AffineConfig
 from finetune.quant.base import QuantConfig
 from finetune.quant.facts import checked
+from finetune.quant.packed import CHUNK
 
 METHOD = "awq"
 LAYOUT = "gemm"

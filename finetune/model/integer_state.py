@@ -14,9 +14,10 @@ from torch import Tensor
 from finetune.errors import ConfigError, ModelError
 from finetune.kernels import affine
 from finetune.quant.affine_ordered import ORDER
-from finetune.quant.affine_storage import BITS, CHUNK, FACTS, FORMAT_VERSION, AffineConfig
+from finetune.quant.affine_storage import BITS, FACTS, FORMAT_VERSION, AffineConfig
 from finetune.quant.base import QUANTIZERS
 from finetune.quant.facts import pack_json
+from finetune.quant.packed import CHUNK
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32)
 """dtypes that scales come in."""

@@ -9,7 +9,6 @@ quant/affine_storage.py.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -17,7 +16,7 @@ from finetune.kernels import affine
 from finetune.kernels.operand import Operand
 from finetune.quant.affine_storage import Affine, AffineConfig, Stored
 from finetune.quant.base import QUANTIZERS
-from finetune.quant.packed import PackedExperts, PackedLinear
+from finetune.quant.packed import PackedExperts, PackedLinear, builder
 
 
 @dataclass
@@ -76,14 +75,5 @@ class AffineExperts(PackedExperts, Affine):
         return Stored(self.weight[expert], self.scale[expert], None if self.zero is None else self.zero[expert])
 
 
-@QUANTIZERS.register(Int8gConfig)
-@QUANTIZERS.register(Int4Config)
-@QUANTIZERS.register(Int3Config)
-@QUANTIZERS.register(Int2Config)
-def build(
-    config: AffineConfig, out_features: int, in_features: int, *, bias: bool = False, experts: int = 0, **options: Any
-) -> Affine:
-    """An empty linear, or with `experts` an empty stack."""
-    if experts:
-        return AffineExperts(config, out_features, in_features, experts=experts, **options)
-    return AffineLinear(config, out_features, in_features, bias=bias, **options)
+for _config in (Int8gConfig, Int4Config, Int3Config, Int2Config):
+    QUANTIZERS.register(_config)(builder(AffineLinear, AffineExperts))

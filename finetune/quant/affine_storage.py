@@ -28,8 +28,6 @@ from finetune.quant.packed import PackedWeight
 
 FACTS = "weight.finetune_affine"
 FORMAT_VERSION = 1
-CHUNK = 1 << 22
-"""Weights that are encoded at a time: what bounds the temporaries."""
 ZERO_POINTS = {"none": None, "integer": torch.uint8, "real": torch.float32}
 
 
@@ -119,7 +117,7 @@ class Affine(PackedWeight):
 
     def encode(self, weight: Tensor) -> Stored:
         grid = self.fit(weight)
-        rows, step = weight.reshape(-1, self.in_features), self._chunk
+        rows, step = weight.reshape(-1, self.in_features), self.rows_at_a_time
         flat = self._over_rows(grid)
         codes = [
             flat.part(slice(start, start + step)).encode_packed(rows[start : start + step])
@@ -128,11 +126,11 @@ class Affine(PackedWeight):
         return Stored(torch.cat(codes).view(*self.shape[:-1], -1), grid.scale_OG, grid.zero_OG)
 
     def fit(self, weight: Tensor) -> AffineGrid:
-        return self._joined([self._fit(part) for part in weight.reshape(-1, self.in_features).split(self._chunk)])
+        return self._joined([self._fit(part) for part in self.row_parts(weight)])
 
     def fit_clipped(self, weight: Tensor) -> AffineGrid:
-        parts = weight.reshape(-1, self.in_features).split(self._chunk)
-        return self._joined([self._fit(w, clipped_shares(w, partial(self._fit, w))) for w in parts])
+        parts = [self._fit(w, clipped_shares(w, partial(self._fit, w))) for w in self.row_parts(weight)]
+        return self._joined(parts)
 
     def _joined(self, parts: list[AffineGrid]) -> AffineGrid:
         """The grid of the whole from those of some rows each."""
@@ -163,11 +161,6 @@ class Affine(PackedWeight):
             scale_dtype=self.scale_dtype,
             shrink_OG=shrink_OG,
         )
-
-    @property
-    def _chunk(self) -> int:
-        """Rows that are handled at a time."""
-        return max(1, CHUNK // self.in_features)
 
     @staticmethod
     def _over_rows(grid: AffineGrid) -> AffineGrid:

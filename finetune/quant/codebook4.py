@@ -7,14 +7,12 @@ QLoRA (Dettmers et al. 2023, arXiv:2305.14314), sections 2 and 3; storage in qua
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from finetune.kernels import ops, reference
 from finetune.kernels.operand import Operand
-from finetune.quant.codebook4_storage import Codebook4, Codebook4Config
-from finetune.quant.packed import PackedExperts, PackedLinear
+from finetune.quant.codebook4_storage import Codebook4
+from finetune.quant.packed import PackedExperts, PackedLinear, builder
 
 
 class Codebook4Linear(PackedLinear, Codebook4):
@@ -73,16 +71,4 @@ def _operand(packed: reference.Packed4bit, module: Codebook4) -> Operand:
     return Operand(tensors, spec, module.out_features, module.in_features)
 
 
-def build_codebook4(
-    config: Codebook4Config,
-    out_features: int,
-    in_features: int,
-    *,
-    bias: bool = False,
-    experts: int = 0,
-    **options: Any,
-) -> Codebook4:
-    """An empty linear, or with `experts` an empty stack, in the codebook that the config is named after."""
-    if experts:
-        return Codebook4Experts(config, out_features, in_features, experts=experts, **options)
-    return Codebook4Linear(config, out_features, in_features, bias=bias, **options)
+build_codebook4 = builder(Codebook4Linear, Codebook4Experts)

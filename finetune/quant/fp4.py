@@ -6,11 +6,10 @@ QLoRA (Dettmers et al. 2023, arXiv:2305.14314), section 4, compares it with NF4,
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from finetune.quant.base import QUANTIZERS
 from finetune.quant.codebook4 import build_codebook4
-from finetune.quant.codebook4_storage import Codebook4, Codebook4Config
+from finetune.quant.codebook4_storage import Codebook4Config
 
 
 @dataclass
@@ -20,7 +19,4 @@ class FP4Config(Codebook4Config):
     name: str = "fp4"
 
 
-@QUANTIZERS.register(FP4Config)
-def build(config: FP4Config, out_features: int, in_features: int, **options: Any) -> Codebook4:
-    """An empty FP4 module; options as in `build_codebook4`."""
-    return build_codebook4(config, out_features, in_features, **options)
+QUANTIZERS.register(FP4Config)(build_codebook4)

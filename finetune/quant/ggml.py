@@ -9,7 +9,6 @@ storage in quant/ggml_storage.py.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -17,7 +16,7 @@ from finetune.kernels import ggml
 from finetune.kernels.operand import Operand
 from finetune.quant.base import QUANTIZERS
 from finetune.quant.ggml_storage import Ggml, GgmlConfig, Stored
-from finetune.quant.packed import PackedExperts, PackedLinear
+from finetune.quant.packed import PackedExperts, PackedLinear, builder
 
 
 @dataclass
@@ -79,15 +78,5 @@ class GgmlExperts(PackedExperts, Ggml):
         return Stored(self.weight[expert], places, values)
 
 
-@QUANTIZERS.register(Q4_0Config)
-@QUANTIZERS.register(Q4_1Config)
-@QUANTIZERS.register(Q5_0Config)
-@QUANTIZERS.register(Q5_1Config)
-@QUANTIZERS.register(Q8_0Config)
-def build(
-    config: GgmlConfig, out_features: int, in_features: int, *, bias: bool = False, experts: int = 0, **options: Any
-) -> Ggml:
-    """An empty linear, or with `experts` an empty stack."""
-    if experts:
-        return GgmlExperts(config, out_features, in_features, experts=experts, **options)
-    return GgmlLinear(config, out_features, in_features, bias=bias, **options)
+for _config in (Q4_0Config, Q4_1Config, Q5_0Config, Q5_1Config, Q8_0Config):
+    QUANTIZERS.register(_config)(builder(GgmlLinear, GgmlExperts))

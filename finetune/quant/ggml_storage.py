@@ -30,8 +30,6 @@ FACTS = "weight.finetune_ggml"
 FORMAT_VERSION = 1
 MOST_OUTLIERS = 8
 """Of a block: with more of them the next wider format is smaller and better."""
-CHUNK = 1 << 22
-"""Weights that are encoded at a time: what bounds the temporaries."""
 
 
 @dataclass
@@ -93,13 +91,13 @@ class Ggml(PackedWeight):
         return Stored(self.weight, self.places, self.values)
 
     def encode(self, weight: Tensor) -> Stored:
-        grids = [self._fit(w_RI) for w_RI in self._parts(weight)]
-        parts = [g.pack(g.round_columns(w_RI, 0)) for g, w_RI in zip(grids, self._parts(weight), strict=True)]
+        grids = [self._fit(w_RI) for w_RI in self.row_parts(weight)]
+        parts = [g.pack(g.round_columns(w_RI, 0)) for g, w_RI in zip(grids, self.row_parts(weight), strict=True)]
         grid = self._joined(grids)
         return Stored(torch.cat(parts).view(*self.shape[:-1], -1), grid.places_OK, grid.values_OK)
 
     def fit(self, weight: Tensor) -> GgmlGrid:
-        return self._joined([self._fit(w_RI) for w_RI in self._parts(weight)])
+        return self._joined([self._fit(w_RI) for w_RI in self.row_parts(weight)])
 
     def take(self, grid: Grid, codes: Tensor) -> None:
         assert isinstance(grid, GgmlGrid)
@@ -142,10 +140,6 @@ class Ggml(PackedWeight):
                 raise ModelError(f"{name}weight.places names a weight beyond its block of {ggml.BLOCK}")
         self.storage, self.outliers, self.dtype = facts["type"], outliers, FLOATS[facts["dtype"]]
         self.hold(Stored(blocks_OP, places, values))
-
-    def _parts(self, weight: Tensor) -> tuple[Tensor, ...]:
-        """Some rows at a time."""
-        return weight.reshape(-1, self.in_features).split(max(1, CHUNK // self.in_features))
 
     def _joined(self, parts: list[GgmlGrid]) -> GgmlGrid:
         """The grid of the whole from those of some rows each."""

@@ -7,15 +7,13 @@ LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339); arithmetic in kernels/int8.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from finetune.kernels import int8
 from finetune.kernels.operand import Operand
 from finetune.quant.base import QUANTIZERS
 from finetune.quant.int8_storage import Int8, Int8Config
-from finetune.quant.packed import PackedExperts, PackedLinear
+from finetune.quant.packed import PackedExperts, PackedLinear, builder
 
 
 class Int8Linear(PackedLinear, Int8):
@@ -42,11 +40,4 @@ class Int8Experts(PackedExperts, Int8):
         return int8.dequantize_int8(self.weight[expert], self.SCB[expert], list(self.shape[1:]), self.dtype)
 
 
-@QUANTIZERS.register(Int8Config)
-def build(
-    config: Int8Config, out_features: int, in_features: int, *, bias: bool = False, experts: int = 0, **options: Any
-) -> Int8:
-    """An empty linear, or with `experts` an empty stack."""
-    if experts:
-        return Int8Experts(config, out_features, in_features, experts=experts, **options)
-    return Int8Linear(config, out_features, in_features, bias=bias, **options)
+QUANTIZERS.register(Int8Config)(builder(Int8Linear, Int8Experts))

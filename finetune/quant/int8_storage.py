@@ -27,8 +27,6 @@ from finetune.quant.int8_grid import Int8Grid
 from finetune.quant.packed import PackedWeight
 
 ROW_MAJOR = 0
-CHUNK = 1 << 22
-"""Weights that are encoded at a time: what bounds the temporaries."""
 
 
 @dataclass
@@ -73,8 +71,7 @@ class Int8(PackedWeight):
         self.hold([codes, torch.zeros(shape[:-1], dtype=torch.float32, device=device)])
 
     def encode(self, weight: Tensor) -> list[Tensor]:
-        rows = weight.reshape(-1, self.in_features)
-        parts = [int8.quantize_weight(part) for part in rows.split(max(1, CHUNK // self.in_features))]
+        parts = [int8.quantize_weight(part) for part in self.row_parts(weight)]
         absmax = torch.cat([part.absmax_M for part in parts])
         if not absmax.isfinite().all():
             raise self._not_finite()

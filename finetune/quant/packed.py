@@ -22,6 +22,9 @@ from finetune.quant.base import FrozenExperts, FrozenLinear, FrozenWeight, Quant
 from finetune.quant.grid import Grid
 from finetune.quant.packed_expert import PackedExpert
 
+CHUNK = 1 << 22
+"""Weights that are encoded at a time: what bounds the temporaries."""
+
 
 class PackedWeight(FrozenWeight):
     """Codes and scales as parameters in their storage dtype.
@@ -131,6 +134,15 @@ class PackedWeight(FrozenWeight):
     def bits_per_weight(self) -> float:
         held = (self._parameters[name] for name in self.stored)
         return 8 * sum(p.numel() * p.element_size() for p in held if p is not None) / prod(self.shape)
+
+    @property
+    def rows_at_a_time(self) -> int:
+        """Rows that are encoded at a time."""
+        return max(1, CHUNK // self.in_features)
+
+    def row_parts(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """The rows of a weight in the layout of the codes, those of all experts behind one another, some at a time."""
+        return weight.reshape(-1, self.in_features).split(self.rows_at_a_time)
 
     def _not_finite(self) -> ModelError:
         return ModelError(f"a weight of shape {list(self.shape)} holds NaN or infinity: it cannot be quantized")
@@ -327,3 +339,16 @@ class PackedExperts(PackedWeight, FrozenExperts):
 
     def extra_repr(self) -> str:
         return f"{self.num_experts} x ({self.in_features}, {self.out_features}), {self.storage}"
+
+
+def builder(linear: type[PackedLinear], stack: type[PackedExperts]) -> Callable[..., PackedWeight]:
+    """What a format registers: it builds an empty linear, or with `experts` an empty stack."""
+
+    def build(
+        config: Any, out_features: int, in_features: int, *, bias: bool = False, experts: int = 0, **options: Any
+    ) -> PackedWeight:
+        if experts:
+            return stack(config, out_features, in_features, experts=experts, **options)
+        return linear(config, out_features, in_features, bias=bias, **options)
+
+    return build

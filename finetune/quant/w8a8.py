@@ -9,7 +9,7 @@ that round well; without it outliers take the range from all the rest, and nothi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 from torch import Tensor, nn
 
@@ -17,7 +17,7 @@ from finetune.errors import ModelError
 from finetune.kernels import w8a8
 from finetune.kernels.operand import Operand
 from finetune.quant.base import QUANTIZERS, QuantConfig
-from finetune.quant.packed import PackedExperts, PackedLinear
+from finetune.quant.packed import PackedExperts, PackedLinear, builder
 from finetune.quant.w8a8_grid import survivable
 from finetune.quant.w8a8_storage import LEAST_MAGNITUDE, Integer, IntegerConfig
 
@@ -92,12 +92,5 @@ class IntegerExperts(PackedExperts, Integer):
         return False
 
 
-@QUANTIZERS.register(W8A8Config)
-@QUANTIZERS.register(W6A6Config)
-def build(
-    config: IntegerConfig, out_features: int, in_features: int, *, bias: bool = False, experts: int = 0, **options: Any
-) -> Integer:
-    """An empty linear, or with `experts` an empty stack."""
-    if experts:
-        return IntegerExperts(config, out_features, in_features, experts=experts, **options)
-    return IntegerLinear(config, out_features, in_features, bias=bias, **options)
+for _config in (W8A8Config, W6A6Config):
+    QUANTIZERS.register(_config)(builder(IntegerLinear, IntegerExperts))

@@ -28,8 +28,6 @@ from finetune.quant.packed import PackedWeight
 from finetune.quant.w8a8_grid import W8A8Grid, survivable
 
 BITS = {"w8a8": 8, "w6a6": 6}
-CHUNK = 1 << 22
-"""Weights that are encoded at a time: what bounds the temporaries."""
 LEAST_MAGNITUDE = 1e-5
 """What the largest magnitude of an input is taken for at least where it is to last: it may be zero in calibration."""
 
@@ -106,9 +104,8 @@ class Integer(PackedWeight):
         return (*self.shape[:-1], 1)
 
     def encode(self, weight: Tensor) -> Sequence[Tensor | None]:
-        grid, step = self.fit(weight), max(1, CHUNK // self.in_features)
-        rows = weight.reshape(-1, self.in_features).split(step)
-        scales = grid.scale.expand(*self.shape[:-1], 1).reshape(-1, 1).split(step)
+        grid, rows = self.fit(weight), self.row_parts(weight)
+        scales = grid.scale.expand(*self.shape[:-1], 1).reshape(-1, 1).split(self.rows_at_a_time)
         codes = [W8A8Grid(scale, self.bits).round_columns(part, 0) for part, scale in zip(rows, scales, strict=True)]
         return [torch.cat(codes).view(self.shape), grid.scale, self.input_scale]
 
