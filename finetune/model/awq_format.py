@@ -69,9 +69,6 @@ class Awq(StoredFormat):
         symmetric = quant.symmetric and bool((_unpacked(stored["qzeros"]) == 2 ** (BITS - 1)).all())
         return replace(quant, symmetric=symmetric)
 
-    def writes(self, quant: QuantConfig) -> bool:
-        return False
-
     def state(self, stored: dict[str, Tensor], name: str, quant: QuantConfig, dtype: torch.dtype) -> dict[str, Tensor]:
         assert isinstance(quant, AffineConfig)
         width = len(stored["qweight"])

@@ -11,6 +11,7 @@ Shape suffixes: O out features, I in features, G groups of a row, P packed bytes
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ WORD = 4
 
 
 class CompressedTensors(StoredFormat):
-    """`pack-quantized` weights of 4 or 8 bits."""
+    """`pack-quantized` weights of 4 or 8 bits; only read: a model saved as it is in memory has our own keys."""
 
     mark = "weight_packed"
     methods = (METHOD,)
@@ -40,20 +41,10 @@ class CompressedTensors(StoredFormat):
     companions = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
 
     def settings(self, told: dict[str, Any], held: Held, where: str) -> QuantConfig:
-        schemes = [group.get("weights") or {} for group in (told.get("config_groups") or {}).values()]
-        found = [_config(scheme, where) for scheme in schemes]
-        if not found or any(config != found[0] for config in found):
-            raise ModelError(f"{where}: config.json has {len(found)} schemes of weights, expected one for all layers")
-        activations = [group.get("input_activations") for group in told["config_groups"].values()]
-        if any(activations):
+        found = one_scheme(told, lambda group: _config(group.get("weights") or {}, where), where)
+        if any(group.get("input_activations") for group in told["config_groups"].values()):
             raise ModelError(f"{where} rounds its activations too, which is not read here: expected weights only")
-        return found[0]
-
-    def settings_of(self, stored: dict[str, Tensor], name: str, quant: QuantConfig) -> QuantConfig:
-        return quant
-
-    def writes(self, quant: QuantConfig) -> bool:
-        return False  # a model saved as it is in memory has our own keys
+        return found
 
     def state(self, stored: dict[str, Tensor], name: str, quant: QuantConfig, dtype: torch.dtype) -> dict[str, Tensor]:
         assert isinstance(quant, AffineConfig)
@@ -70,6 +61,38 @@ class CompressedTensors(StoredFormat):
         if group_I is not None and bool((group_I >= 0).all()):  # -1 where no column was moved
             order_I = column_order(group_I, quant.group_size, f"{path}weight_g_idx")
         return affine_state(codes_OP, stored["weight_scale"], zero_OG, quant, width, dtype, order_I)
+
+
+def one_scheme(told: dict[str, Any], read: Callable[[dict[str, Any]], QuantConfig], where: str) -> QuantConfig:
+    """The settings that all groups of a `quantization_config` come to.
+
+    Args:
+        read: the settings of a group.
+        where: prefix for messages.
+
+    Raises:
+        ModelError: where there are none, or several.
+    """
+    found = [read(group) for group in (told.get("config_groups") or {}).values()]
+    if not found or any(config != found[0] for config in found):
+        raise ModelError(f"{where}: config.json has {len(found)} schemes of weights, expected one for all layers")
+    return found[0]
+
+
+def all_linears(layout: str, schemes: dict[str, Any], kept: list[str]) -> dict[str, Any]:
+    """`quantization_config` of config.json where every linear layer is stored alike.
+
+    Args:
+        schemes: of the weights, and perhaps of the inputs.
+        kept: names of the linear modules that are not quantized.
+    """
+    return {
+        "quant_method": METHOD,
+        "format": layout,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], **schemes}},
+        "ignore": sorted(kept),
+    }
 
 
 def holds(quant: QuantConfig) -> bool:
@@ -116,13 +139,7 @@ def stock_config(quant: QuantConfig, kept: list[str]) -> dict[str, Any]:
         "group_size": None if row else quant.group_size,
         "dynamic": False,
     }
-    told = {
-        "quant_method": METHOD,
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
-        "ignore": sorted(kept),
-    }
+    told = all_linears("pack-quantized", {"weights": weights}, kept)
     # compressed-tensors 0.20 makes room for unpacked zero points and then refuses packed ones, unless transformers
     # decodes weights while it loads them.
     return told if quant.symmetric else told | {"dequantize": True}

@@ -110,9 +110,6 @@ class Gptq(StoredFormat):
         middle = found.symmetric and bool((self._zeros(stored, bits) == 2 ** (bits - 1)).all())
         return replace(found, symmetric=middle)
 
-    def writes(self, quant: QuantConfig) -> bool:
-        return False
-
     def state(self, stored: dict[str, Tensor], name: str, quant: QuantConfig, dtype: torch.dtype) -> dict[str, Tensor]:
         assert isinstance(quant, AffineConfig)
         zero_OG = None if quant.symmetric else self._zeros(stored, quant.bits).T

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, int8
+from torch import int8
 
 from finetune.errors import ConfigError, ModelError
-from finetune.model.compressed_format import METHOD
+from finetune.model.compressed_format import METHOD, all_linears, one_scheme
 from finetune.model.headers import StoredTensor
 from finetune.model.stored_format import Held, StoredFormat
 from finetune.quant.base import QUANTIZERS, QuantConfig
@@ -44,14 +44,7 @@ class IntQuantized(StoredFormat):
     def settings(self, told: dict[str, Any], held: Held, where: str) -> QuantConfig:
         if "quant" in told:  # our own method
             return _own(told["quant"], where)
-        groups = list((told.get("config_groups") or {}).values())
-        found = [_config(group.get("weights"), group.get("input_activations"), where) for group in groups]
-        if not found or any(config != found[0] for config in found):
-            raise ModelError(f"{where}: config.json has {len(found)} schemes of weights, expected one for all layers")
-        return found[0]
-
-    def settings_of(self, stored: dict[str, Tensor], name: str, quant: QuantConfig) -> QuantConfig:
-        return quant
+        return one_scheme(told, lambda one: _config(one.get("weights"), one.get("input_activations"), where), where)
 
     def writes(self, quant: QuantConfig) -> bool:
         return isinstance(quant, IntegerConfig)
@@ -61,13 +54,7 @@ class IntQuantized(StoredFormat):
         integers = {"num_bits": quant.bits, "type": "int", "symmetric": True}
         weights = integers | {"strategy": quant.weights, "dynamic": False}
         inputs = integers | {"strategy": quant.activations, "dynamic": not quant.static}
-        return {
-            "quant_method": METHOD,
-            "format": "int-quantized",
-            "quantization_status": "compressed",
-            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": inputs}},
-            "ignore": sorted(kept),
-        }
+        return all_linears("int-quantized", {"weights": weights, "input_activations": inputs}, kept)
 
 
 def _config(weights: dict[str, Any] | None, inputs: dict[str, Any] | None, where: str) -> QuantConfig:

@@ -74,13 +74,13 @@ class StoredFormat(ABC):
             ModelError: where they do not say, or say what we do not read.
         """
 
-    @abstractmethod
     def settings_of(self, stored: dict[str, Tensor], name: str, quant: QuantConfig) -> QuantConfig:
-        """Settings of one weight from its companions, within those of the checkpoint.
+        """Settings of one weight from its companions, within those of the checkpoint; by default they are the same.
 
         Raises:
             ModelError: where they do not say.
         """
+        return quant
 
     def state(self, stored: dict[str, Tensor], name: str, quant: QuantConfig, dtype: torch.dtype) -> dict[str, Tensor]:
         """The tensors of one weight under the keys that its module takes; by default they are those of the checkpoint.
@@ -96,9 +96,9 @@ class StoredFormat(ABC):
         """
         return stored
 
-    @abstractmethod
     def writes(self, quant: QuantConfig) -> bool:
-        """Whether modules of that configuration save themselves so."""
+        """Whether modules of that configuration save themselves so; by default none do, a layout is only read."""
+        return False
 
     def stock_config(self, quant: QuantConfig, dtype: torch.dtype, kept: list[str]) -> dict[str, Any] | None:
         """`quantization_config` by which stock transformers reads such a model; None where it cannot.
