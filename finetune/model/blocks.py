@@ -28,7 +28,7 @@ from finetune.model.loading import Loading
 from finetune.model.pretrained import attention_for, empty_model, judge, native_class, quiet
 from finetune.model.quantizer import FrozenBaseConfig, FrozenBaseQuantizer
 from finetune.model.streaming import fixed_thresholds
-from finetune.model.task import CAUSAL_LM
+from finetune.model.task import CAUSAL_LM, Task
 from finetune.quant.dense import DenseConfig
 from finetune.structure import inspect
 from finetune.structure.base import Structure
@@ -51,8 +51,10 @@ class BlockReader:
         dtype: of the weights in memory.
         device: where they go.
         headers: of its shards.
+        task: with which head it is opened.
 
     Attributes:
+        empty: the model on the meta device.
         blocks: their names.
         whole: why the blocks cannot be taken apart; empty where they can.
         model: once `outside` has been called: the model, its blocks on the meta device.
@@ -62,18 +64,24 @@ class BlockReader:
     """
 
     def __init__(
-        self, directory: Path, config: Any, model: ModelConfig, dtype: torch.dtype, device: str, headers: list[Header]
+        self,
+        directory: Path,
+        config: Any,
+        model: ModelConfig,
+        dtype: torch.dtype,
+        device: str,
+        headers: list[Header],
+        task: Task = CAUSAL_LM,
     ) -> None:
-        self.directory, self.device, self.headers = directory, device, headers
+        self.directory, self.device, self.headers, self.task = directory, device, headers, task
         self.loading = Loading(DenseConfig(), dtype)
-        native = native_class(config, model, CAUSAL_LM, str(directory))
+        native = native_class(config, model, task, str(directory))
         self._attention = attention_for(native, model, self.loading)
         self._config = copy.deepcopy(config)
-        empty = empty_model(config, model)
-        self._class = type(empty)
-        structure = inspect(empty)
+        self.empty = empty_model(config, model, task)
+        structure = inspect(self.empty)
         self.blocks = structure.blocks
-        self.whole = _why_whole(empty, structure)
+        self.whole = _why_whole(self.empty, structure)
         self._outside: set[str] = set()
         self._rehearse()
 
@@ -130,7 +138,7 @@ class BlockReader:
             options["quantization_config"] = _BlocksConfig(self.loading, without)
         with fixed_thresholds(), quiet(), torch.random.fork_rng(devices=[]):
             try:
-                return self._class.from_pretrained(
+                return type(self.empty).from_pretrained(
                     None,
                     config=copy.deepcopy(self._config),
                     state_dict=state,

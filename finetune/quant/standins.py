@@ -104,10 +104,8 @@ def _attempt(
 
     with _standing_in(model, blocks, seen, answer):
         output = model(**row)
-    logits = output[0]
-    plain[0] &= (
-        len(calls) == len(blocks) and logits.dim() == last[-1].dim() and logits.shape[:-1] == last[-1].shape[:-1]
-    )
+    given, positions = output[0].shape[:-1], last[-1].shape[:-1]  # a classifier gives one answer a row
+    plain[0] &= len(calls) == len(blocks) and given in (positions, positions[:1])
     return calls, plain[0]
 
 

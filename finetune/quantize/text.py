@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from finetune.data.files import check_file
 from finetune.data.lengths import longest
+from finetune.data.rows import Batch
 from finetune.data.sources import Source, recognise_all, resolve
 from finetune.data.templates import choose_template
 from finetune.data.tokenizing import Recipe, tokenize_side
@@ -27,6 +29,10 @@ UNKNOWN = 0.5
 """A larger share of unknown tokens than this means that the text is in another vocabulary."""
 BATCH_TOKENS = 4096
 """Tokens that are run at a time."""
+MOST_NUMBERS = 1 << 26
+"""Log-probabilities of the dense model that are kept, at most: 256 MiB."""
+BATCH_NUMBERS = 1 << 24
+"""Log-probabilities that a batch of more than one piece may take."""
 
 
 @dataclass
@@ -36,10 +42,38 @@ class Text:
     Attributes:
         calibration: to calibrate on; empty without calibration data.
         eval: to measure on; empty where there is nothing to hold out.
+        labelled: whether rows of `eval` come with the classes that they are of.
     """
 
     calibration: list[Tensor] = field(default_factory=list)
     eval: list[Tensor] = field(default_factory=list)
+    labelled: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """That are calibrated on."""
+        return sum(map(len, self.calibration))
+
+    @property
+    def measures(self) -> bool:
+        """Whether there is anything to measure on."""
+        return bool(self.eval)
+
+    def batches(self, tokens: int = BATCH_TOKENS) -> list[dict[str, Any]]:
+        """What the model is called with to calibrate, so many tokens at a time at most."""
+        return batches_of(self.calibration, tokens)
+
+    def measured(self, width: int) -> list[Batch]:
+        """What the model is called with to measure.
+
+        Args:
+            width: numbers that are compared at each position.
+        """
+        return measured_on(self.eval, width)
+
+    def digests(self) -> dict[str, str]:
+        """Of the tokens and where they are cut, by side."""
+        return {"calibration": _digest(self.calibration), "eval": _digest(self.eval)}
 
 
 def check_text(config: CalibrationConfig) -> None:
@@ -80,7 +114,7 @@ def read_text(config: CalibrationConfig, tokenizer: Any, vocabulary: int, contex
             text.eval = pieces[every - 1 :: every]
             pieces = [piece for number, piece in enumerate(pieces, 1) if number % every]
         text.calibration = pieces[: config.samples]
-        _check_enough(sum(map(len, text.calibration)), quant)
+        check_enough(text.tokens, quant)
     text.eval = text.eval[:MOST_EVAL]
     return text
 
@@ -98,6 +132,34 @@ def batches_of(pieces: list[Tensor], tokens: int = BATCH_TOKENS) -> list[dict[st
     ]
 
 
+def measured_on(pieces: list[Tensor], vocabulary: int) -> list[Batch]:
+    """Rows to measure on: as many of the pieces as there is room for.
+
+    Args:
+        vocabulary: predictions that the model makes at each position.
+    """
+    chosen: list[Tensor] = []
+    room = MOST_NUMBERS // vocabulary
+    for piece in pieces:
+        if room < len(piece) and chosen:
+            break
+        chosen.append(piece)
+        room -= len(piece)
+    rows = []
+    for inputs in batches_of(chosen, BATCH_NUMBERS // vocabulary):
+        ids = inputs["input_ids"]
+        positions = torch.arange(ids.shape[1]).expand_as(ids)
+        rows.append(Batch(ids, ids, positions, torch.ones_like(ids)))
+    return rows
+
+
+def _digest(pieces: list[Tensor]) -> str:
+    digest = hashlib.sha256(repr([len(piece) for piece in pieces]).encode())
+    for piece in pieces:
+        digest.update(piece.numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _pieces(
     key: str, value: Any, config: CalibrationConfig, tokenizer: Any, vocabulary: int, length: int
 ) -> list[Tensor]:
@@ -106,12 +168,12 @@ def _pieces(
     forms = recognise_all(data, sources)
     template = choose_template(config.chat_template, tokenizer, {form.kind for form in forms})
     ids = tokenize_side(key, sources, forms, Recipe(data, tokenizer, template, length)).rows.input_ids
-    ids = _usable(key, ids.astype(np.int64), sources, tokenizer, vocabulary)
+    ids = check_tokens(key, ids.astype(np.int64), sources, tokenizer, vocabulary)
     tokens = torch.from_numpy(ids)
     return [piece for piece in tokens.split(length) if len(piece) > 1]
 
 
-def _usable(key: str, ids: np.ndarray, sources: list[Source], tokenizer: Any, vocabulary: int) -> np.ndarray:
+def check_tokens(key: str, ids: np.ndarray, sources: list[Source], tokenizer: Any, vocabulary: int) -> np.ndarray:
     """Tokens without padding.
 
     Raises:
@@ -139,7 +201,7 @@ def _usable(key: str, ids: np.ndarray, sources: list[Source], tokenizer: Any, vo
     return ids
 
 
-def _check_enough(tokens: int, quant: QuantConfig) -> None:
+def check_enough(tokens: int, quant: QuantConfig) -> None:
     """Refuse text from which not even one group of weights can be told apart."""
     for key in ("group_size", "block_size"):
         size = getattr(quant, key, 0)
