@@ -8,14 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import quantize_models
 import torch
+from quantize_models import logits, run, save
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, MixtralConfig
+from transformers import AutoModelForCausalLM
 
 import finetune as ft
 from finetune.adapters.base import ADAPTERS
-from finetune.cli import quantize
 from finetune.data.rows import Row, TokenRows
 from finetune.errors import ConfigError
 from finetune.export.base import ExportSource
@@ -23,56 +24,17 @@ from finetune.export.formats import bnb_nf4
 from finetune.quant.base import FrozenExperts, FrozenLinear, FrozenWeight, QuantConfig
 from finetune.quant.dense import DenseConfig
 
-EMBEDDED = Path(ft.__file__).parent / "assets"
-SIZES: dict[str, Any] = {
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 128,
-    "max_position_embeddings": 128,
-    "tie_word_embeddings": True,
-}
 FAMILIES = ("llama", "gpt2", "mixtral")
-WORDS = "the import statement returns a list of names that this method is called with when it reads a file".split()
-
-
-def save(directory: Path, family: str) -> Path:
-    tokenizer = AutoTokenizer.from_pretrained(next(EMBEDDED.rglob("tokenizer.json")).parent)
-    size = len(tokenizer)
-    configs: dict[str, Any] = {
-        "llama": LlamaConfig(vocab_size=size, **SIZES),
-        "gpt2": GPT2Config(vocab_size=size, n_embd=64, n_layer=2, n_head=4, n_positions=128),
-        "mixtral": MixtralConfig(vocab_size=size, **SIZES, num_local_experts=3, num_experts_per_tok=2),
-    }
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(configs[family])
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=0.1)
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "rows.jsonl"
-    generator = torch.Generator().manual_seed(0)
-    rows = [" ".join(WORDS[i] for i in torch.randint(0, len(WORDS), (60,), generator=generator)) for _ in range(12)]
-    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows), "utf-8")
-    return path
-
-
-def run(base: Path, text: Path | None, output: Path, *overrides: str) -> dict[str, Any]:
-    calibration = [] if text is None else [f"data.calibration={text}", "data.max_length=64"]
-    assert quantize([f"model.path={base}", f"output={output}", "device=cpu", *calibration, *overrides]) == 0
-    return json.loads((output / "quantization.json").read_text("utf-8"))
+    return quantize_models.text(tmp_path_factory.mktemp("text") / "rows.jsonl", rows=12)
 
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {family: save(tmp_path_factory.mktemp(family) / "model", family) for family in FAMILIES}
+    return {family: save(tmp_path_factory.mktemp(family) / "model", family, torch.float32) for family in FAMILIES}
 
 
 @pytest.fixture(scope="module")
@@ -86,11 +48,6 @@ def pruned(bases: dict[str, Path], text: Path, tmp_path_factory: pytest.TempPath
 
 def stock_of(directory: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-
-
-def logits(model: Any) -> Tensor:
-    with torch.no_grad():
-        return model(input_ids=torch.arange(40, 72).reshape(2, 16), use_cache=False).logits.float()
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:

@@ -4,58 +4,30 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from quantize_models import TOKENIZER, logits, run, save
+from transformers import AutoModelForCausalLM
 
 import finetune as ft
-from finetune.cli import quantize
 from finetune.errors import ConfigError
 from finetune.quant.affine import AffineLinear
 
-EMBEDDED = Path(ft.__file__).parent / "assets" / "tiny"
 PACKAGE = "compressed-tensors is not installed: pip install 'finetune-kit[export]'"
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untied model whose widths hold groups of 128."""
-    directory = tmp_path_factory.mktemp("untied") / "model"
-    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=256,
-        max_position_embeddings=128,
-        tie_word_embeddings=False,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=0.1)
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
-
-
-def run(base: Path, output: Path, *overrides: str) -> dict[str, Any]:
-    assert quantize([f"model.path={base}", f"output={output}", "device=cpu", *overrides]) == 0
-    return json.loads((output / "quantization.json").read_text("utf-8"))
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "tie_word_embeddings": False}
+    return save(tmp_path_factory.mktemp("untied") / "model", bos_token_id=0, eos_token_id=0, **sizes)
 
 
 @pytest.mark.parametrize("quant", ["nf4", "int4", "int3", "int8"])
 def test_the_head_is_in_the_report(base: Path, tmp_path: Path, quant: str, capsys: pytest.CaptureFixture[str]) -> None:
     head = [] if quant in ("nf4", "int8") else ["quant.head=true"]
-    record = run(base, tmp_path / "out", f"quant={quant}", *head)
+    record = run(base, None, tmp_path / "out", f"quant={quant}", *head)
     names = [layer["name"] for layer in record["layers"]]
     assert len(names) == (8 if head else 7) and ("lm_head" in names) == bool(head)
     if head:
@@ -67,7 +39,7 @@ def test_the_head_is_in_the_report(base: Path, tmp_path: Path, quant: str, capsy
 
 
 def test_whoever_reads_the_configuration_reads_the_weights(base: Path, tmp_path: Path) -> None:
-    run(base, tmp_path / "out", "quant=int4")
+    run(base, None, tmp_path / "out", "quant=int4")
     modes = {path.name: path.stat().st_mode for path in (tmp_path / "out").iterdir()}
     assert modes["model.safetensors"] == modes["config.json"]
 
@@ -76,7 +48,7 @@ def test_a_tied_head_is_refused_before_anything_is_quantized(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(ConfigError, match="lm_head shares its weight with the embeddings: expected false"):
-        run(EMBEDDED, tmp_path / "out", "quant=int4", "quant.head=true")
+        run(TOKENIZER, None, tmp_path / "out", "quant=int4", "quant.head=true")
     assert "quantized" not in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
@@ -91,13 +63,11 @@ def test_a_tied_head_is_refused_before_anything_is_quantized(
 )
 def test_the_compressed_tensors_package_decodes_the_head_too(base: Path, tmp_path: Path, overrides: list[str]) -> None:
     pytest.importorskip("compressed_tensors", reason=PACKAGE)
-    run(base, tmp_path / "out", *overrides)
+    run(base, None, tmp_path / "out", *overrides)
     told = json.loads((tmp_path / "out" / "config.json").read_text("utf-8"))["quantization_config"]
     assert told["ignore"] == []
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, device_map={"": "cpu"}).eval()
-    ids = torch.arange(40, 72).reshape(2, 16)
-    with torch.no_grad():
-        theirs = stock(input_ids=ids, use_cache=False).logits
+    theirs = logits(stock)
     ours, _ = ft.load(str(tmp_path / "out"), dtype="fp32", device="cpu")
     for name in ("lm_head", "model.layers.0.mlp.down_proj"):
         decoded = ours.get_submodule(name).dequantize(torch.float32)
@@ -105,6 +75,4 @@ def test_the_compressed_tensors_package_decodes_the_head_too(base: Path, tmp_pat
             decoded = decoded.bfloat16().float()
         assert torch.equal(stock.get_submodule(name).weight, decoded), name
     exact = "dequantize" not in told
-    with torch.no_grad():
-        mine = ours(input_ids=ids, use_cache=False).logits
-    assert (theirs - mine).norm() < (1e-5 if exact else 0.02) * theirs.norm()
+    assert (theirs - logits(ours)).norm() < (1e-5 if exact else 0.02) * theirs.norm()

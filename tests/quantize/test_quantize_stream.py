@@ -13,59 +13,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+import quantize_models
 from filelock import FileLock
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, MixtralConfig, OPTConfig
 
 import finetune as ft
 from finetune.cli import quantize
 from finetune.errors import ConfigError, ModelError
 from finetune.quantize import opening
 
-TOKENIZER = next((Path(ft.__file__).parent / "assets").rglob("tokenizer.json")).parent
-WORDS = "the import statement returns a list of names that this method is called with when it reads a file".split()
 GPTQ = ("calibrator=gptq", "quant=int4", "quant.group_size=32")
 
 
-def config_of(family: str, size: int) -> Any:
-    llama: dict[str, Any] = {
-        "vocab_size": size,
-        "hidden_size": 64,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "intermediate_size": 128,
-        "max_position_embeddings": 128,
-        "tie_word_embeddings": False,
-    }
-    if family == "llama":
-        return LlamaConfig(**llama)
-    if family == "mixtral":
-        return MixtralConfig(**llama, num_local_experts=3, num_experts_per_tok=2)
-    if family == "gpt2":
-        return GPT2Config(vocab_size=size, n_embd=64, n_layer=2, n_head=4, n_positions=128)
-    return OPTConfig(
-        vocab_size=size,
-        hidden_size=64,
-        ffn_dim=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=128,
-        word_embed_proj_dim=64,
-    )
-
-
 def save(directory: Path, family: str = "llama") -> Path:
-    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config_of(family, len(tokenizer))).to(torch.bfloat16)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=0.1)
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
+    sizes = {"num_hidden_layers": 3, "tie_word_embeddings": False} if family in ("llama", "mixtral") else {}
+    return quantize_models.save(directory, family, **sizes)
+
+
+def arguments(base: Path | str, text: Path | None, output: Path, *overrides: str) -> list[str]:
+    return quantize_models.arguments(base, text, output, *(overrides or GPTQ))
 
 
 @pytest.fixture(scope="module")
@@ -75,16 +41,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "rows.jsonl"
-    draw = random.Random(0)
-    rows = [" ".join(draw.choices(WORDS, k=60)) for _ in range(30)]
-    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows), "utf-8")
-    return path
-
-
-def arguments(base: Path | str, text: Path | None, output: Path, *overrides: str) -> list[str]:
-    calibration = [] if text is None else [f"data.calibration={text}", "data.max_length=64"]
-    return [f"model.path={base}", f"output={output}", "device=cpu", *calibration, *(overrides or GPTQ)]
+    return quantize_models.text(tmp_path_factory.mktemp("text") / "rows.jsonl")
 
 
 def bytes_of(directory: Path) -> dict[str, Any]:

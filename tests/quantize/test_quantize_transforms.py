@@ -2,72 +2,35 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import quantize_models
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from quantize_models import logits, run, save
+from transformers import AutoModelForCausalLM
 
 import finetune as ft
 from finetune.cli import quantize
 from finetune.errors import ConfigError
 
-WORDS = "the import statement returns a list of names that this method is called with when it reads a file".split()
+
+def outliers(model: Any) -> None:
+    """A few outlier channels."""
+    for layer in model.model.layers:
+        layer.input_layernorm.weight[:2] *= 20
+        layer.post_attention_layernorm.weight[:2] *= 20
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("base") / "model"
-    tokenizer = AutoTokenizer.from_pretrained(
-        next((Path(ft.__file__).parent / "assets").rglob("tokenizer.json")).parent
-    )
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=128,
-        max_position_embeddings=128,
-    )
-    model = AutoModelForCausalLM.from_config(config)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=0.1)
-    with torch.no_grad():  # a few outlier channels
-        for layer in model.model.layers:
-            layer.input_layernorm.weight[:2] *= 20
-            layer.post_attention_layernorm.weight[:2] *= 20
-    model.to(torch.bfloat16).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
+    return save(tmp_path_factory.mktemp("base") / "model", change=outliers, tie_word_embeddings=False)
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "rows.jsonl"
-    generator = torch.Generator().manual_seed(0)
-    rows = [
-        " ".join(WORDS[i] for i in torch.randint(0, len(WORDS), (60,), generator=generator).tolist()) for _ in range(30)
-    ]
-    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows), "utf-8")
-    return path
-
-
-def run(base: Path, text: Path, output: Path, *overrides: str) -> dict[str, Any]:
-    common = [f"model.path={base}", f"output={output}", "device=cpu", f"data.calibration={text}", "data.max_length=64"]
-    assert quantize([*common, *overrides]) == 0
-    return json.loads((output / "quantization.json").read_text("utf-8"))
-
-
-def logits(model: Any) -> torch.Tensor:
-    ids = torch.arange(40, 72).reshape(2, 16)
-    with torch.no_grad():
-        return model(input_ids=ids, use_cache=False).logits.float()
+    return quantize_models.text(tmp_path_factory.mktemp("text") / "rows.jsonl")
 
 
 @pytest.mark.parametrize(

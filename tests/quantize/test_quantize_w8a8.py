@@ -9,62 +9,34 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import quantize_models
 import torch
+from quantize_models import WORDS, logits, run
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, MixtralConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import finetune as ft
-from finetune.cli import quantize
 from finetune.errors import ConfigError, ModelError
 from finetune.quant.w8a8 import IntegerExperts, IntegerLinear, W6A6Config, W8A8Config
 
-SIZES: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
-WORDS = "the import statement returns a list of names that this method is called with when it reads a file".split()
 Made = Callable[..., tuple[Path, dict[str, Any]]]
 STATIC = ["quant.activations=tensor", "quant.static=true"]
 
 
-def save(directory: Path, family: str) -> Path:
-    tokenizer = AutoTokenizer.from_pretrained(
-        next((Path(ft.__file__).parent / "assets").rglob("tokenizer.json")).parent
-    )
-    size = len(tokenizer)
-    configs: dict[str, Any] = {
-        "llama": LlamaConfig(vocab_size=size, **SIZES, num_key_value_heads=2, tie_word_embeddings=True),
-        "gpt2": GPT2Config(vocab_size=size, n_embd=64, n_layer=2, n_head=4, n_positions=128),
-        "mixtral": MixtralConfig(
-            vocab_size=size, **SIZES, num_key_value_heads=2, num_local_experts=3, num_experts_per_tok=2
-        ),
-    }
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(configs[family]).to(torch.bfloat16)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=0.1)
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
+def save(directory: Path, family: str = "llama") -> Path:
+    sizes = {} if family == "gpt2" else {"intermediate_size": 96, "tie_word_embeddings": family == "llama"}
+    return quantize_models.save(directory, family, **sizes)
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(tmp_path_factory.mktemp("base") / "model", "llama")
+    return save(tmp_path_factory.mktemp("base") / "model")
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "rows.jsonl"
-    generator = torch.Generator().manual_seed(0)
-    rows = [" ".join(WORDS[i] for i in torch.randint(0, len(WORDS), (40,), generator=generator)) for _ in range(12)]
-    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows), "utf-8")
-    return path
-
-
-def run(base: Path, text: Path | None, output: Path, *overrides: str) -> dict[str, Any]:
-    calibration = [] if text is None else [f"data.calibration={text}", "data.max_length=64"]
-    assert quantize([f"model.path={base}", f"output={output}", "device=cpu", *calibration, *overrides]) == 0
-    return json.loads((output / "quantization.json").read_text("utf-8"))
+    return quantize_models.text(tmp_path_factory.mktemp("text") / "rows.jsonl", rows=12, words=40)
 
 
 @pytest.fixture(scope="module")
@@ -79,12 +51,6 @@ def made(base: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Ma
         return known[overrides]
 
     return make
-
-
-def logits(model: Any) -> Tensor:
-    ids = torch.arange(40, 72).reshape(2, 16)
-    with torch.no_grad():
-        return model(input_ids=ids, use_cache=False).logits.float()
 
 
 def integer_layers(model: nn.Module) -> Iterator[tuple[str, IntegerLinear]]:
