@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quant_matrices import normal
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -38,10 +39,6 @@ def empty(kind: str, *shape: int, outliers: int = 0, **options: Any) -> Any:
     experts = {"experts": shape[0]} if len(shape) == 3 else {}
     config: Any = QUANTIZERS.type_of(kind)
     return QUANTIZERS.build(config(outliers=outliers), *shape[-2:], **experts, **options)
-
-
-def normal(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def blocks(w_OI: Tensor, kind: str) -> Tensor:

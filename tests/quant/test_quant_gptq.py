@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from quant_matrices import correlated, empty, name, normal
 from torch import Tensor
 
 from finetune.errors import ConfigError
 from finetune.quant.affine import Int2Config, Int3Config, Int4Config, Int8gConfig
-from finetune.quant.base import QUANTIZERS, QuantConfig
+from finetune.quant.base import QuantConfig
 from finetune.quant.fp4 import FP4Config
 from finetune.quant.int8_storage import Int8Config
 from finetune.quant.nf4 import NF4Config
@@ -30,30 +31,6 @@ PLAIN: list[QuantConfig] = [
     Int2Config(group_size=32),
 ]
 FORMATS = [*PLAIN, NF4Config()]
-
-
-def name(config: QuantConfig) -> str:
-    return "-".join(str(value) for value in vars(config).values())
-
-
-def empty(config: QuantConfig, *shape: int) -> PackedWeight:
-    if len(shape) == 3:
-        return QUANTIZERS.build(config, *shape[1:], experts=shape[0], dtype=torch.float32)
-    return QUANTIZERS.build(config, *shape, dtype=torch.float32)
-
-
-def normal(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def correlated(columns: int, rows: int = 1024) -> Tensor:
-    """Inputs whose spectrum falls off as a power, mixed, with a few heavy channels: what hidden states look like."""
-    generator = torch.Generator().manual_seed(0)
-    spectrum = torch.arange(1, columns + 1, dtype=torch.float32) ** -0.7
-    mix, _ = torch.linalg.qr(torch.randn(columns, columns, generator=generator))
-    x_NI = (torch.randn(rows, columns, generator=generator) * spectrum) @ mix
-    x_NI[:, :6] *= 5
-    return x_NI
 
 
 def state(module: PackedWeight) -> list[Tensor]:

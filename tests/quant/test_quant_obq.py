@@ -7,17 +7,17 @@ import math
 
 import pytest
 import torch
+from quant_matrices import empty, gram, name, normal
 from torch import Tensor, nn
 
 from finetune.errors import ConfigError
 from finetune.quant.affine import Int2Config, Int3Config, Int4Config, Int8gConfig
-from finetune.quant.base import QUANTIZERS, QuantConfig
+from finetune.quant.base import QuantConfig
 from finetune.quant.driver import Driver
 from finetune.quant.fp4 import FP4Config
 from finetune.quant.grid import Grid
 from finetune.quant.int8_storage import Int8Config
 from finetune.quant.nf4 import NF4Config
-from finetune.quant.packed import PackedWeight
 from finetune.quant.rounders import obq
 from finetune.quant.rounders.base import CALIBRATORS, apply
 from finetune.quant.rounders.gptq import GPTQ, GPTQConfig
@@ -34,27 +34,6 @@ FORMATS: list[QuantConfig] = [
     Int3Config(group_size=32, zero_point="real"),
     Int2Config(group_size=32, symmetric=True),
 ]
-
-
-def name(config: QuantConfig) -> str:
-    return "-".join(str(value) for value in vars(config).values())
-
-
-def empty(config: QuantConfig, *shape: int) -> PackedWeight:
-    if len(shape) == 3:
-        return QUANTIZERS.build(config, *shape[1:], experts=shape[0], dtype=torch.float32)
-    return QUANTIZERS.build(config, *shape, dtype=torch.float32)
-
-
-def normal(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def gram(columns: int, mixing: float = 0.5, seed: int = 2) -> Tensor:
-    """Of inputs that are mixed among each other."""
-    mix = torch.eye(columns) + mixing * normal(columns, columns, seed=seed) / columns**0.5
-    x_NI = normal(4 * columns, columns, seed=seed + 1) @ mix
-    return x_NI.T @ x_NI
 
 
 def loss(grid: Grid, w_OI: Tensor, codes_OI: Tensor, gram_II: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from quant_matrices import correlated, empty, name, normal
 from torch import Tensor
 
 from finetune.errors import ConfigError
@@ -40,29 +41,6 @@ FORMATS: list[QuantConfig] = [
     Int3Config(group_size=64),
     Int2Config(group_size=32),
 ]
-
-
-def name(config: QuantConfig) -> str:
-    return "-".join(str(value) for value in vars(config).values())
-
-
-def normal(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def correlated(columns: int, rows: int = 1024) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    spectrum = torch.arange(1, columns + 1, dtype=torch.float32) ** -0.7
-    mix, _ = torch.linalg.qr(torch.randn(columns, columns, generator=generator))
-    x_NI = (torch.randn(rows, columns, generator=generator) * spectrum) @ mix
-    x_NI[:, :6] *= 5
-    return x_NI
-
-
-def empty(config: QuantConfig, *shape: int) -> Any:
-    if len(shape) == 3:
-        return QUANTIZERS.build(config, *shape[1:], experts=shape[0], dtype=torch.float32)
-    return QUANTIZERS.build(config, *shape, dtype=torch.float32)
 
 
 def published(

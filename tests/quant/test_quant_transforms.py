@@ -9,18 +9,14 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from transform_models import FAMILIES, SIZES, Untouched, batches_of, logits, model_of, seen_by, spread, transformed
 
 from finetune.errors import ConfigError
-from finetune.quant.affine import AffineLinear, Int3Config, Int4Config
-from finetune.quant.dense import DenseConfig, DenseExperts, DenseLinear
+from finetune.quant.affine import Int4Config
 from finetune.quant.driver import Driver
-from finetune.quant.freeze import freeze
-from finetune.quant.nf4 import NF4Config
-from finetune.quant.rounders.gptq import GPTQ
 from finetune.quant.rounders.rtn import RTN
 from finetune.quant.transforms.awq import AWQ, AWQConfig
 from finetune.quant.transforms.base import TRANSFORMS, Forward, Transform
-from finetune.quant.transforms.clip import SHARES, Clipping
 from finetune.quant.transforms.fold import fold
 from finetune.quant.transforms.gamma import Gamma
 from finetune.quant.transforms.search import Search
@@ -28,91 +24,8 @@ from finetune.quant.transforms.smoothquant import SmoothQuant, SmoothQuantConfig
 from finetune.structure import inspect
 from finetune.structure.base import Projection, Structure
 
-SIZES: dict[str, Any] = {
-    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-}  # fmt: skip
-GQA = SIZES | {"num_key_value_heads": 2}
-HEADS = GQA | {"head_dim": 8}
-OLD = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-GATED = {"input_layernorm", "post_attention_layernorm", "v_proj", "up_proj"}
-GEMMA2 = {"input_layernorm", "pre_feedforward_layernorm", "v_proj", "up_proj"}
-FAMILIES: dict[str, tuple[str, dict[str, Any], set[str]]] = {
-    "llama": ("Llama", GQA, GATED),
-    "mistral": ("Mistral", GQA | {"sliding_window": 8}, GATED),
-    "qwen2": ("Qwen2", GQA, GATED),
-    "qwen3": ("Qwen3", HEADS, GATED),
-    "gemma": ("Gemma", HEADS, GATED),
-    "gemma2": ("Gemma2", HEADS | {"query_pre_attn_scalar": 8, "sliding_window": 8}, GEMMA2),
-    "gemma3": ("Gemma3Text", HEADS | {"query_pre_attn_scalar": 8, "sliding_window": 8}, GEMMA2),
-    "gpt2": ("GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}, {"ln_1", "ln_2", "c_attn"}),
-    "opt": ("OPT", OLD | {"word_embed_proj_dim": 32, "ffn_dim": 64, "max_position_embeddings": 64},
-            {"self_attn_layer_norm", "final_layer_norm", "v_proj", "fc1"}),
-    "phi": ("Phi", SIZES, {"input_layernorm", "v_proj"}),
-    "phi3": ("Phi3", GQA, {"input_layernorm", "post_attention_layernorm", "qkv_proj", "gate_up_proj"}),
-    "glm": ("Glm", HEADS, {"input_layernorm", "post_attention_layernorm", "v_proj", "gate_up_proj"}),
-    "glm4": ("Glm4", HEADS, {"input_layernorm", "post_attention_layernorm", "v_proj", "gate_up_proj"}),
-    "falcon": ("Falcon", OLD, {"input_layernorm", "query_key_value"}),
-    "falcon_new": ("Falcon", OLD | {"new_decoder_architecture": True, "num_kv_heads": 2},
-                   {"ln_attn", "ln_mlp", "query_key_value"}),
-    "bloom": ("Bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4},
-              {"input_layernorm", "post_attention_layernorm", "query_key_value"}),
-    "gpt_neox": ("GPTNeoX", SIZES, {"input_layernorm", "post_attention_layernorm", "query_key_value"}),
-    "mixtral": ("Mixtral", GQA | {"num_local_experts": 4, "num_experts_per_tok": 2},
-                {"input_layernorm", "post_attention_layernorm", "v_proj", "gate_up_proj"}),
-    "qwen2_moe": ("Qwen2Moe", GQA | MOE | {"shared_expert_intermediate_size": 48}, GATED | {"gate_up_proj"}),
-    "qwen3_moe": ("Qwen3Moe", HEADS | MOE, GATED - {"up_proj"} | {"gate_up_proj"}),
-    "gpt_oss": ("GptOss", HEADS | {"num_local_experts": 4, "num_experts_per_tok": 2}, GATED - {"up_proj"}),
-    "deepseek_v3": ("DeepseekV3", SIZES | {
-        "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1,
-        "moe_intermediate_size": 16, "first_k_dense_replace": 1, "n_shared_experts": 1, "kv_lora_rank": 16,
-        "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
-        GATED - {"v_proj"} | {"gate_up_proj", "q_a_layernorm", "kv_a_layernorm", "kv_b_proj"}),
-}  # fmt: skip
-"""Class of the configuration, settings, and the last parts of the names of what gives tensors that can be scaled."""
-
 SEARCHED = ("llama", "gemma", "gpt2", "mixtral")
 """Families that AWQ is tried on as well: it folds as the others do, and searches long."""
-
-
-def model_of(family: str, task: str = "CausalLM", **settings: Any) -> Any:
-    """A dense model with random weights and norms that differ from 1."""
-    name, own, _ = FAMILIES[family]
-    torch.manual_seed(0)
-    common = {"vocab_size": 96, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    config = getattr(transformers, f"{name}Config")(**common, **own, **settings)
-    return spread(getattr(transformers, f"AutoModelFor{task}").from_config(config).eval())
-
-
-def spread(model: Any) -> Any:
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
-            else:
-                parameter.mul_(3)
-    return model
-
-
-def batches_of(rows: int = 4, length: int = 12) -> list[dict[str, Any]]:
-    generator = torch.Generator().manual_seed(2)
-    return [
-        {"input_ids": torch.randint(3, 96, (rows, length), generator=generator), "use_cache": False} for _ in range(2)
-    ]
-
-
-@torch.no_grad()
-def logits(model: nn.Module, batches: list[dict[str, Any]]) -> Tensor:
-    return torch.cat([model(**batch).logits for batch in batches]).float()
-
-
-class Untouched(Driver):
-    """Transforms blocks and quantizes nothing."""
-
-    def _quantize(self, p: Projection, grams: Any) -> None:
-        pass
 
 
 class Random(Transform):
@@ -124,11 +37,6 @@ class Random(Transform):
             by_K = torch.exp2(torch.rand(4096, generator=generator) * 4 - 2)
             fold(driver.model, scaling, by_K[scaling.rows_I])
             self.summary.folded[scaling.source] = {}
-
-
-def transformed(model: Any, transform: Transform, quant: Any = None) -> Transform:
-    Untouched(model, inspect(model), quant or Int4Config(group_size=32), RTN(), batches_of(), transform=transform).go()
-    return transform
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -252,19 +160,6 @@ def test_experts_in_a_list_that_saw_no_token_are_scaled_like_the_others() -> Non
         torch.testing.assert_close(block(many), wanted, rtol=1e-5, atol=1e-5)
 
 
-def seen_by(model: Any, names: list[str], batches: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """What projections read, [N, I]."""
-    seen: dict[str, list[Tensor]] = {name: [] for name in names}
-    handles = [
-        model.get_submodule(n).register_forward_pre_hook(lambda _m, a, n=n: seen[n].append(a[0].flatten(0, -2)))
-        for n in names
-    ]
-    logits(model, batches)
-    for handle in handles:
-        handle.remove()
-    return {name: torch.cat(parts) for name, parts in seen.items()}
-
-
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 0.8, 1.0])
 def test_smoothquant_is_the_papers_formula(alpha: float) -> None:
     model, batches = model_of("llama"), batches_of()
@@ -313,118 +208,7 @@ def test_gamma_moves_into_the_columns_but_where_it_is_zero() -> None:
     assert float(gemma.model.layers[0].input_layernorm.weight.abs().max()) < 1e-6
 
 
-def test_channels_of_one_value_head_share_their_factor() -> None:
-    model = model_of("llama")
-    before = model.model.layers[0].self_attn.o_proj.weight.clone()
-    transformed(model, AWQ(), Int3Config(group_size=32))
-    by_I = (model.model.layers[0].self_attn.o_proj.weight / before).median(0).values
-    heads = by_I.unflatten(0, (2, 2, 8))  # of values, of queries that share one, features
-    torch.testing.assert_close(heads[:, 0], heads[:, 1], rtol=1e-4, atol=1e-6)
-    assert float(heads.detach().std()) > 1e-3
-
-
-@pytest.mark.parametrize("formula", ["both", "paper", "duo"])
-def test_awq_reports_the_error_that_its_factors_leave(formula: str) -> None:
-    """Against float64 products of the model's own inputs with weights that the storage decodes to."""
-    model, batches, quant = model_of("llama"), batches_of(), Int3Config(group_size=32)
-    layer = model.model.layers[0]
-    with torch.no_grad():
-        layer.self_attn.v_proj.weight.zero_()  # its rows are scaled once more, for what reads the values
-    names = [f"model.layers.0.self_attn.{n}_proj" for n in "qk"]
-    dense = {n: model.get_submodule(n).weight.detach().double() for n in names}
-    x = seen_by(model, names[:1], batches)[names[0]].double()
-    gain, plain = layer.input_layernorm.weight.detach().clone(), copy.deepcopy(model)
-    transform = AWQ(AWQConfig(formula=formula, clip=False))
-    Driver(model, inspect(model), quant, RTN(), batches, transform=transform).go()
-    Driver(plain, inspect(plain), quant, RTN(), batches).go()
-    by = (gain / layer.input_layernorm.weight.detach()).double()
-
-    def error(of: Any, by: Tensor | float) -> float:
-        kept = {n: of.get_submodule(n).dequantize(torch.float64) / by for n in names}
-        lost = sum(float((x @ (kept[n] - w).T).square().sum()) for n, w in dense.items())
-        return lost / sum(float((x @ w.T).square().sum()) for w in dense.values())
-
-    found = transform.summary.folded["model.layers.0.input_layernorm"]
-    assert found["error"] < found["error_unscaled"]
-    assert found["error"] == pytest.approx(error(model, by), rel=1e-3)
-    assert found["error_unscaled"] == pytest.approx(error(plain, 1.0), rel=1e-3)
-
-
-def test_each_expert_has_factors_of_its_own_and_one_without_tokens_none() -> None:
-    model = model_of("mixtral")
-    before = model.model.layers[0].mlp.experts.down_proj.detach().clone()
-    batches = [{"input_ids": torch.tensor([[5, 6]]), "use_cache": False}]
-    transform = AWQ()
-    Untouched(model, inspect(model), Int3Config(group_size=32), RTN(), batches, transform=transform).go()
-    exponents = transform.summary.folded["model.layers.0.mlp.experts.gate_up_proj"]["exponent"]
-    after = model.model.layers[0].mlp.experts.down_proj
-    assert isinstance(after, DenseExperts) and len(exponents) == 4 and None in exponents
-    same = [torch.equal(a, b) for a, b in zip(after.weight, before, strict=True)]
-    assert same == [exponent is None for exponent in exponents] and not all(same)
-
-
-@pytest.mark.parametrize("quant", [Int4Config(group_size=32), Int3Config(group_size=32), NF4Config(block_size=64)])
-@pytest.mark.parametrize("rounder", [RTN(), GPTQ()], ids=["rtn", "gptq"])
-def test_awq_saves_a_model_with_outlier_channels(quant: Any, rounder: Any) -> None:
-    """Outliers are put in without a change of function: a norm's channels grow, and columns shrink."""
-    model, batches = model_of("llama"), batches_of(rows=8, length=24)
-    frozen = copy.deepcopy(model)
-    freeze(frozen, DenseConfig(), inspect(frozen))
-    assert isinstance(frozen.model.layers[0].mlp.up_proj, DenseLinear)
-    with torch.no_grad():
-        for layer in model.model.layers:
-            for norm, readers in ((layer.input_layernorm, "qkv"), (layer.post_attention_layernorm, ("gate", "up"))):
-                norm.weight[:3] *= 20
-                for name in readers:
-                    at = layer.self_attn if norm is layer.input_layernorm else layer.mlp
-                    getattr(at, f"{name}_proj").weight[:, :3] /= 20
-    wanted = logits(model, batches)
-    lost = {}
-    for name, transform in (("awq", AWQ()), ("none", None)):
-        twin = copy.deepcopy(model)
-        Driver(twin, inspect(twin), quant, rounder, batches, transform=transform).go()
-        lost[name] = float((logits(twin, batches) - wanted).square().mean())
-    assert lost["awq"] < 0.8 * lost["none"], lost
-
-
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
-def test_clipped_ranges_err_less_than_whole_ones_and_never_more(family: str) -> None:
-    model, batches = model_of(family), batches_of(rows=8)
-    lost = {}
-    for clip in (True, False):
-        twin = copy.deepcopy(model)
-        transform = AWQ(AWQConfig(clip=clip, formula="paper"))
-        layers = Driver(twin, inspect(twin), Int3Config(group_size=32), RTN(), batches, transform=transform).go()
-        assert all(layer.error < layer.error_rtn if clip else layer.error == layer.error_rtn for layer in layers)
-        lost[clip] = sum(layer.error for layer in layers)
-    assert lost[True] < 0.9 * lost[False], lost
-
-
-def test_ranges_are_searched_by_the_error_of_the_output_group_by_group() -> None:
-    """Against every share tried on every group of a row alone, in float64."""
-    torch.manual_seed(0)
-    weight, x = torch.randn(5, 72) ** 3, torch.randn(40, 72)
-    x[:, 0] = 0.0
-    quant = Int3Config(group_size=32)
-    module = AffineLinear(quant, 5, 72)
-    grid = Clipping(quant, [x.T @ x]).fit(module, weight)
-    decoded = grid.decode(Clipping(quant, [None]).choose(grid, weight, x.T @ x).codes_OI).double()  # type: ignore[union-attr]
-    for first in (0, 32, 64):
-        part, seen = weight[:, first : first + 32], x[:, first : first + 32].double()
-        alone = AffineLinear(Int3Config(group_size=-1), 5, part.shape[-1])
-        tops = part.abs().amax(-1, keepdim=True)
-        tried = []
-        for share in SHARES:
-            ranges = alone.fit(part.clamp(-share * tops, share * tops))
-            rounded = ranges.decode(ranges.round_columns(part, 0)).double()
-            tried.append((seen @ (rounded - part).T).square().sum(0))
-        found = (seen @ (decoded[:, first : first + 32] - part).T).square().sum(0)
-        torch.testing.assert_close(found, torch.stack(tried).amin(0), rtol=1e-3, atol=1e-9)
-
-
 def test_settings_out_of_range() -> None:
-    with pytest.raises(ConfigError, match=r"transform.formula is 'papr': expected both \| paper \| duo; did you mean"):
-        AWQConfig(formula="papr")
     with pytest.raises(ConfigError, match=r"transform.alpha is 1.5: expected 0"):
         SmoothQuantConfig(alpha=1.5)
     assert set(TRANSFORMS.types()) >= {"none", "awq", "smoothquant", "gamma"}
