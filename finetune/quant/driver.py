@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from finetune.quant.base import FrozenLinear, QuantConfig
 from finetune.quant.dense import DenseConfig, DenseExperts, DenseLinear
+from finetune.quant.distill import Distiller
 from finetune.quant.freeze import empty_frozen, freeze, head_of, replace_projection
 from finetune.quant.gram import Gram
 from finetune.quant.layer import Layer
@@ -31,6 +32,8 @@ from finetune.structure.base import Projection, Structure
 
 Progress = Callable[[Layer, int, int], None]
 """`progress(layer, done, of)`, after each projection."""
+CALIBRATION, TARGETS = "calibration", "targets"
+"""Names of hidden states that are kept: what goes into a block, and what the dense block makes of it."""
 Prepare = Callable[[PackedWeight], None]
 """Told each empty module before it is filled."""
 
@@ -49,6 +52,7 @@ class Driver:
         pruner: sets weights to zero before, or while, codes are chosen.
         resident: brings the blocks into memory, and knows what an earlier run has finished; by default the whole model
             is in memory.
+        distiller: trains each block once it is quantized; needs `batches`.
 
     Raises:
         ConfigError: where the head is to be quantized but shares its weight with the embeddings.
@@ -66,10 +70,11 @@ class Driver:
         transform: Transform | None = None,
         pruner: Pruner | None = None,
         resident: Resident | None = None,
+        distiller: Distiller | None = None,
     ) -> None:
         self.model, self.structure, self.quant, self.rounder = model, structure, quant, rounder
         self.batches, self.progress, self.prepare, self.transform = batches, progress, prepare, transform
-        self.pruner, self.resident = pruner, resident or Resident()
+        self.pruner, self.resident, self.distiller = pruner, resident or Resident(), distiller
         self.todo = [p for p in structure.projections if not p.dense]
         self.heads = list(head_of(model, quant, structure))
         for p in self.todo:
@@ -116,8 +121,11 @@ class Driver:
                 if number and not calls.chained[number]:
                     calls.hidden = inputs_of(self.model, name, self.batches)
                 forward = calls.forward(number, self.model.get_submodule(name))
+                targets = self.resident.keep(TARGETS, number, forward()) if self.distiller is not None else []
                 self._block(projections, forward)
-                calls.hidden = self.resident.onward(number + 1, forward())
+                if self.distiller is not None:
+                    self.distiller.block(self.model, name, forward, targets)
+                calls.hidden = self.resident.keep(CALIBRATION, number + 1, forward())
                 calls.arguments[number] = []  # nothing needs them any more
             else:
                 for p in projections:
@@ -181,6 +189,9 @@ class Driver:
             if self.transform is not None and grams:
                 rounder = self.transform.rounder(rounder, self.quant, matrices)
             result = apply(rounder, frozen, w, matrices)
+        if self.distiller is not None and result.grid is not None:
+            assert isinstance(frozen, PackedWeight)
+            self.distiller.take(p.name, frozen, result.grid, frozen.codes_layout(w))
         parent, _, leaf = p.name.rpartition(".")
         setattr(self.model.get_submodule(parent), leaf, frozen)
         layer = Layer(

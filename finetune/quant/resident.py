@@ -39,8 +39,13 @@ class Resident:
     def enter(self, number: int, block: str) -> None:
         """Have a block in memory, in its place in the model, dense."""
 
-    def onward(self, number: int, hidden: Iterator[Tensor]) -> Sink:
-        """Keep what goes into a block, for each batch, until that block's turn."""
+    def keep(self, lane: str, number: int, hidden: Iterator[Tensor]) -> Sink:
+        """Keep hidden states, for each batch, until a block is left.
+
+        Args:
+            lane: what they are, of several that are kept at a time.
+            number: of the block.
+        """
         return list(hidden)
 
     def leave(self, number: int, block: str, layers: Sequence[Layer]) -> None:

@@ -11,6 +11,7 @@ from finetune.errors import ConfigError
 from finetune.model.config import ModelConfig
 from finetune.quant.base import QuantConfig
 from finetune.quant.dense import DenseConfig
+from finetune.quant.distill import DistillConfig
 from finetune.quant.keep import KeepConfig
 from finetune.quant.pruners.base import PrunerConfig
 from finetune.quant.rounders.base import CalibratorConfig
@@ -88,6 +89,7 @@ class QuantizeConfig:
     calibrator: CalibratorConfig = field(default_factory=CalibratorConfig)
     transform: TransformConfig = field(default_factory=TransformConfig)
     pruner: PrunerConfig = field(default_factory=PrunerConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     data: CalibrationConfig = field(default_factory=CalibrationConfig)
 
     def __post_init__(self) -> None:
@@ -119,6 +121,10 @@ class QuantizeConfig:
             raise ConfigError(
                 f"transform={self.transform.name} looks at inputs: set data.calibration=FILE, or transform=none"
             )
+        if self.distill.steps and self.data.calibration is None:
+            raise ConfigError(
+                f"distill.steps={self.distill.steps} trains on text: set data.calibration=FILE, or distill.steps=0"
+            )
 
     def _check_dense(self) -> None:
         """Refuse what has no say where nothing is rounded."""
@@ -128,6 +134,8 @@ class QuantizeConfig:
         ):
             if choice != idle:
                 raise ConfigError(f"quant=none rounds nothing, so {group}={choice} has no say: expected {group}={idle}")
+        if self.distill.steps:
+            raise ConfigError("quant=none has no codes, so distill.steps has no say: expected distill.steps=0")
 
     def target(self) -> Path:
         """The directory to write.

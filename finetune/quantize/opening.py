@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -14,29 +13,31 @@ import torch
 from torch import Tensor, nn
 
 from finetune.data.rows import Batch as Rows
+from finetune.errors import ModelError
 from finetune.model.blocks import BlockReader
 from finetune.model.digest import base_digest
 from finetune.model.headers import Header
-from finetune.model.load import Task, load
+from finetune.model.held import Held, candidates
+from finetune.model.load import load
 from finetune.model.pretrained import read_config
 from finetune.model.streaming import fixed_thresholds
 from finetune.quant.dense import DenseConfig
+from finetune.quant.distill import Distilled, Distiller
 from finetune.quant.replay import Batch
 from finetune.quant.resident import Resident
 from finetune.quant.standins import ANSWERS, Answer, answer_of
 from finetune.quant.transforms.base import Summary, Transform
 from finetune.quantize.config import QuantizeConfig
-from finetune.quantize.measure import Reference, measured_on
+from finetune.quantize.measure import Classes, Figures, Measure, Remembered, Tokens, Vectors
 from finetune.quantize.state import State
 from finetune.quantize.stream import OneBlock
-from finetune.quantize.text import Text, batches_of
+from finetune.quantize.text import BATCH_TOKENS, Text
 from finetune.quantize.write import Stored
 from finetune.structure import inspect
 from finetune.structure.base import Structure
 
 FREE = ("output", "max_shard_gb", "device", "model.path", "model.revision", "model.fused")
 """Settings that a run may go on with changed: what is done does not depend on them, or is compared by digests."""
-Figures = dict[str, float | int | None]
 
 
 @dataclass(frozen=True)
@@ -69,18 +70,50 @@ class Source:
     """What is known before weights are touched.
 
     Attributes:
-        directory: the checkpoint.
-        headers: of its shards.
-        dtype: of what stays dense.
-        device: "cpu", "cuda:0", ...
+        reader: of the checkpoint.
+        held: what it holds.
         text: to calibrate and to measure on.
     """
 
-    directory: Path
-    headers: list[Header]
-    dtype: torch.dtype
-    device: str
+    reader: BlockReader
+    held: Held
     text: Text
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what stays dense."""
+        return self.reader.loading.dtype
+
+    @property
+    def device(self) -> str:
+        """ "cpu", "cuda:0", ..."""
+        return self.reader.device
+
+
+def reader_of(
+    config: QuantizeConfig, directory: Path, headers: list[Header], dtype: torch.dtype, device: str
+) -> tuple[BlockReader, Held]:
+    """The checkpoint opened as what it is: by the first class of transformers in which each tensor has its place.
+
+    Raises:
+        ModelError: where there is none, saying why the likeliest one does not fit.
+    """
+    stock = read_config(directory, config.model)
+    refused: ModelError | None = None
+    for held in candidates(stock):
+        try:
+            reader = BlockReader(directory, stock, config.model, dtype, device, headers, held)
+        except ModelError as error:
+            refused = refused or error
+            continue
+        if held.kind == "encoder" and len(inspect(reader.empty).stacks) > 1:
+            raise ModelError(
+                f"{directory} holds an encoder and a decoder without their head: expected the checkpoint of the whole"
+                " model, whose answers tell what quantizing costs"
+            )
+        return reader, held
+    assert refused is not None
+    raise refused
 
 
 @contextmanager
@@ -90,20 +123,22 @@ def opened(
     target: Path,
     in_public: Callable[[Structure], bool],
     transform: Transform | None,
+    distiller: Distiller | None,
 ) -> Iterator[Opened]:
     """The model for the time that it is worked on; what a run leaves behind that does not end is for the next one.
 
     Args:
         target: the output.
         in_public: as in `write`, of a structure.
-        transform: what it has to say of finished blocks is kept with them.
+        transform, distiller: what they have to say of finished blocks is kept with them.
 
     Raises:
         ModelError: for anything about the checkpoint that the user can mend.
         ConfigError: where what an earlier run left belongs to other settings.
     """
-    batches = [_to(batch, source.device) for batch in batches_of(source.text.calibration)]
-    streamed = _streamed(config, source, batches)
+    tokens = BATCH_TOKENS if distiller is None else distiller.config.batch_tokens
+    batches = [_to(batch, source.device) for batch in source.text.batches(tokens)]
+    streamed = _streamed(source, batches)
     if isinstance(streamed, str):
         print(
             f"{config.model.path} is held in memory as a whole, and if this is interrupted it starts anew: {streamed}",
@@ -111,16 +146,24 @@ def opened(
         )
         yield _whole(config, source, batches)
         return
-    reader, structure, rows, answer = streamed
-    digest = base_digest(source.headers)
+    reader, (structure, rows, measure, answer) = source.reader, streamed
+    digest = base_digest(reader.headers)
     state = State(target, settings_of(config, source, digest))
     try:
         if state.finished:
             if transform is not None:
-                transform.summary = Summary(**state.summary)
+                transform.summary = Summary(**state.summary["transform"])
+            if distiller is not None:
+                distiller.done = [Distilled(**each) for each in state.summary["distill"]]
             print(f"going on after {state.finished} of {len(structure.blocks)} blocks ({state.path})", flush=True)
-        said = (lambda: asdict(transform.summary)) if transform is not None else dict
-        resident = OneBlock(reader, structure, state, answer, rows, in_public(structure), said)
+
+        def said() -> dict[str, Any]:
+            return {
+                "transform": {} if transform is None else asdict(transform.summary),
+                "distill": [] if distiller is None else [asdict(each) for each in distiller.done],
+            }
+
+        resident = OneBlock(reader, structure, state, answer, rows, measure, in_public(structure), said)
         where = reader.model.config._name_or_path
         with fixed_thresholds():
             yield Opened(reader.model, structure, resident, batches, digest, where, resident.quality, state.stored)
@@ -137,41 +180,53 @@ def settings_of(config: QuantizeConfig, source: Source, digest: str) -> dict[str
     told = {key: value for key, value in _flat(tree) if key not in FREE}
     told |= {"dtype": str(source.dtype).removeprefix("torch."), "device": source.device}
     told |= {"the weights of model.path": digest}
-    told |= {f"the text of data.{key}": _text_digest(getattr(source.text, key)) for key in ("calibration", "eval")}
+    told |= {f"the text of data.{key}": digest for key, digest in source.text.digests().items()}
     return told | {package: version(package) for package in ("torch", "transformers")}
 
 
-def _streamed(
-    config: QuantizeConfig, source: Source, batches: list[Batch]
-) -> tuple[Any, Structure, list[Rows], Answer] | str:
-    """The checkpoint opened for reading block by block; or why it cannot be worked on so."""
-    stock = read_config(source.directory, config.model)
-    reader = BlockReader(source.directory, stock, config.model, source.dtype, source.device, source.headers)
+def _streamed(source: Source, batches: list[Batch]) -> tuple[Structure, list[Rows], Measure, Answer] | str:
+    """What it takes to work on the checkpoint block by block; or why that cannot be."""
+    reader = source.reader
     if reader.whole:
         return reader.whole
     model = reader.outside()
     structure = inspect(model)
-    rows = measured_on(source.text.eval, model.get_output_embeddings().weight.shape[0]) if source.text.eval else []
+    rows, measure = _measured(model, structure, source)
     inputs: list[Batch] = [*batches[:1], *(_to(row.model_inputs(), source.device) for row in rows[:1])]
     answers = {answer_of(model, structure.blocks, each) for each in inputs} or {ANSWERS[0]}
     answer = answers.pop()
     if answer is None or answers:
         return "its blocks are called in a way that depends on what they put out"
-    return reader, structure, rows, answer
+    return structure, rows, measure, answer
 
 
 def _whole(config: QuantizeConfig, source: Source, batches: list[Batch]) -> Opened:
     """The model in memory."""
     # Fused modules multiply by weights without calling them, and so would hide what projections read.
-    loaded = load(replace(config.model, fused="off"), DenseConfig(), source.dtype, source.device, Task())
+    loaded = load(replace(config.model, fused="off"), DenseConfig(), source.dtype, source.device, source.held)
     model: nn.Module = loaded.model
-    reference = Reference(model, source.text.eval) if source.text.eval else None
+    structure, digest = inspect(model), loaded.digests["base"]
+    rows, measure = _measured(model, structure, source)
+    reference = Remembered(model, rows, measure) if rows else None
 
     def quality() -> Figures | None:
         return None if reference is None else reference.compare(model)
 
-    structure, digest = inspect(model), loaded.digests["base"]
     return Opened(model, structure, Resident(), batches, digest, loaded.base_path, quality, dict)
+
+
+def _measured(model: Any, structure: Structure, source: Source) -> tuple[list[Rows], Measure]:
+    """The held-out rows, and what of a model's answers to them is compared."""
+    held, text = source.held, source.text
+    if held.kind == "classification":
+        measure: Measure = Classes(len(held.labels), text.labelled)
+    elif held.kind == "regression":
+        measure = Vectors(model, 1)
+    elif held.kind == "encoder":
+        measure = Vectors(model.get_submodule(structure.stacks[-1].name), model.config.get_text_config().hidden_size)
+    else:
+        measure = Tokens(int(model.get_output_embeddings().weight.shape[0]))
+    return text.measured(measure.width) if text.measures else [], measure
 
 
 def _to(batch: Mapping[str, Any], device: str) -> Batch:
@@ -186,11 +241,3 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield (prefix[:-1] if key == "name" else f"{prefix}{key}"), value
-
-
-def _text_digest(pieces: Sequence[Tensor]) -> str:
-    """Of tokens, and where they are cut."""
-    digest = hashlib.sha256(repr([len(piece) for piece in pieces]).encode())
-    for piece in pieces:
-        digest.update(piece.numpy().tobytes())
-    return digest.hexdigest()

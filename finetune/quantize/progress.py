@@ -69,5 +69,25 @@ class Progress:
             print(f"quantized {done} of {of}: {layer.name}: {errors}, {left:.0f} s left", flush=True)
         if layer.note:
             print(f"{layer.name}: {layer.note}", flush=True)
+        self._stop()
+
+    def step(self, what: str, step: int, of: int) -> None:
+        """A block is being trained, or has been (`step` is `of`).
+
+        Raises:
+            Stopped: where a signal has come.
+        """
+        seconds = time.perf_counter() - self._begun
+        if self._bar is not None and step < of:
+            self._bar.update(self._task, description=f"{what}: step {step} of {of}")
+        elif step == of:
+            print(what, flush=True)
+        elif seconds - self._said >= 2:
+            self._said = seconds
+            print(f"{what}: step {step} of {of}", flush=True)
+        self._stop()
+
+    def _stop(self) -> None:
+        """End where a signal has come."""
         if self._signals.received is not None:
             raise Stopped(self._signals.received)

@@ -67,15 +67,31 @@ def table(record: dict[str, Any]) -> str:
     )
     if pruned:
         lines.append(f"{record['sparsity']:.2%} of the weights of the blocks are zero")
-    lines += _transform_lines(record["transform"])
+    lines += _transform_lines(record["transform"]) + _distill_lines(record["distill"])
     quality = record["quality"]
     if quality is not None:
-        lines.append(
-            f"held-out perplexity {_figure(quality['perplexity_dense'])} dense, {_figure(quality['perplexity'])}"
-            f" {'pruned' if pruned else 'quantized'}; KL {_figure(quality['kl_mean'])} nats a token, same top token"
-            f" {_figure(quality['top1_agreement'])}, over {quality['tokens']} tokens"
-        )
+        lines.append(_quality_line(quality, "pruned" if pruned else "quantized"))
     return "\n".join(lines)
+
+
+def _quality_line(quality: dict[str, Any], changed: str) -> str:
+    """What was measured: of tokens that are predicted, of rows that are classified, or of hidden states."""
+    said = {key: _figure(value) for key, value in quality.items()}
+    if "relative_error" in quality:
+        what = "last hidden states" if "cosine" in quality else "numbers"
+        cosine = f", mean cosine {said['cosine']}" if "cosine" in quality else ""
+        error = f"relative error {said['relative_error']}"
+        return f"held-out {what}: {error}{cosine}, over {quality['positions']} positions"
+    if "rows" in quality:
+        known = "accuracy" in quality
+        before, after = (f"accuracy {said['accuracy_dense']}", said["accuracy"]) if known else ("", "")
+        losses = f"loss {said['loss_dense']} dense, {said['loss']} {changed}; {before} and {after}; " if known else ""
+        said_of = f"KL {said['kl_mean']} nats a row, same class {said['top1_agreement']}, over {quality['rows']} rows"
+        return f"held-out {losses}{said_of}" + ("" if known else " without labels")
+    return (
+        f"held-out perplexity {said['perplexity_dense']} dense, {said['perplexity']} {changed}; KL {said['kl_mean']}"
+        f" nats a token, same top token {said['top1_agreement']}, over {quality['tokens']} tokens"
+    )
 
 
 def _transform_lines(transform: dict[str, Any]) -> list[str]:
@@ -85,6 +101,17 @@ def _transform_lines(transform: dict[str, Any]) -> list[str]:
         return []
     left = f"; {len(notes)} left: {notes[0]}" if notes else ""
     return [f"transform {transform['name']}: {len(folded)} tensors scaled{left}"]
+
+
+def _distill_lines(distill: dict[str, Any]) -> list[str]:
+    """What training behind the codes did to the blocks; nothing where there was none."""
+    blocks = distill["blocks"]
+    if not blocks:
+        return []
+    ratios = [block["before"] / block["after"] if block["after"] > 0 else 1.0 for block in blocks]
+    last = blocks[-1]
+    told = f"({last['block']}: {last['before']:.2e} to {last['after']:.2e}); errors of layers are from before that"
+    return [f"distilled {len(blocks)} blocks: errors {min(ratios):.2f} to {max(ratios):.2f} times smaller {told}"]
 
 
 def _figure(value: float | None) -> str:

@@ -19,10 +19,12 @@ from finetune.quant.rounders.base import CALIBRATORS
 from finetune.quant.transforms.base import TRANSFORMS
 from finetune.quantize.config import QuantizeConfig
 from finetune.quantize.pruning import check_pattern, pruner_of, settings, sparsity
-from finetune.quantize.text import check_text, read_text
+from finetune.quantize.text import Text, check_text, read_text
 from finetune.training.signals import StopSignals
 
 if TYPE_CHECKING:
+    from finetune.model.held import Held
+    from finetune.quant.distill import Distiller
     from finetune.quant.pruners.base import Pruner
     from finetune.quant.transforms.base import Transform
     from finetune.quantize.opening import Opened, Source
@@ -63,9 +65,9 @@ def quantize(config: QuantizeConfig) -> int:
 def _make(config: QuantizeConfig, headers: list[Header], target: Path, signals: StopSignals) -> dict[str, Any]:
     """Everything from the text to the published directory; what the report says."""
     from finetune.model.hub import fetch
-    from finetune.model.load import context_length, skeleton
-    from finetune.model.pretrained import read_config, read_tokenizer
-    from finetune.quantize.opening import Source, opened
+    from finetune.model.pretrained import read_tokenizer
+    from finetune.quant.distill import Distiller
+    from finetune.quantize.opening import Source, opened, reader_of
     from finetune.quantize.plot import plot
     from finetune.quantize.report import table
     from finetune.quantize.write import compressed
@@ -74,24 +76,39 @@ def _make(config: QuantizeConfig, headers: list[Header], target: Path, signals: 
     directory = fetch(config.model, weights=False)
     dtype = torch_dtype(_dtype(config, headers, directory))
     pruner = pruner_of(config, read_json(directory / "config.json", ""))
+    reader, held = reader_of(config, directory, headers, dtype, str(make_accelerator(config.device).device))
     if config.pruner.prunes:
-        check_pattern(config.pruner, inspect(skeleton(config.model)))
+        check_pattern(config.pruner, inspect(reader.empty))
     tokenizer = read_tokenizer(directory, config.model)
-    vocabulary = int(read_config(directory, config.model).get_text_config().vocab_size)
-    text = read_text(config.data, tokenizer, vocabulary, context_length(config.model), config.quant)
-    source = Source(directory, headers, dtype, str(make_accelerator(config.device).device), text)
+    source = Source(reader, held, _text(config, reader.empty, held, tokenizer))
     transform = TRANSFORMS.build(config.transform)
+    distiller = Distiller(config.distill) if config.distill.steps else None
 
     def in_public(structure: Structure) -> bool:
         return compressed(config.quant, structure)
 
-    with opened(config, source, target, in_public, transform) as base, published(target) as work:
-        job = Job(config, base, source, tokenizer, in_public(base.structure), transform, pruner)
+    with opened(config, source, target, in_public, transform, distiller) as base, published(target) as work:
+        job = Job(config, base, source, tokenizer, in_public(base.structure), transform, pruner, distiller)
         record = _quantize(job, work, signals)
         print(table(record))
         if left_out := plot(record, work):
             print(left_out)
     return record
+
+
+def _text(config: QuantizeConfig, model: Any, held: Held, tokenizer: Any) -> Text:
+    """What to calibrate and to measure on, as the model reads it."""
+    from finetune.model.load import context_length
+    from finetune.model.task_head import reads_segments
+    from finetune.quantize.rows import BATCH_ROWS, Reader, read_rows
+
+    told = model.config.get_text_config()
+    vocabulary, context = int(told.vocab_size), context_length(config.model)
+    if not held.reads_rows:
+        return read_text(config.data, tokenizer, vocabulary, context, config.quant)
+    reader = Reader(config.data, held, tokenizer, context, reads_segments(model))
+    pad = told.pad_token_id  # a decoder's classifier takes one row at a time without
+    return read_rows(reader, vocabulary, config.quant, pad or 0, BATCH_ROWS if pad is not None else 1)
 
 
 @dataclass(frozen=True)
@@ -105,6 +122,7 @@ class Job:
     in_public: bool
     transform: Transform | None
     pruner: Pruner | None
+    distiller: Distiller | None
 
 
 def _quantize(job: Job, work: Path, signals: StopSignals) -> dict[str, Any]:
@@ -122,6 +140,8 @@ def _quantize(job: Job, work: Path, signals: StopSignals) -> dict[str, Any]:
 
     begun = time.perf_counter()
     with Progress(signals, len(base.resident.layers)) as progress:
+        if job.distiller is not None:
+            job.distiller.told = progress.step
         layers = Driver(
             base.model,
             base.structure,
@@ -133,6 +153,7 @@ def _quantize(job: Job, work: Path, signals: StopSignals) -> dict[str, Any]:
             transform,
             job.pruner,
             base.resident,
+            job.distiller,
         ).go()
     quality = base.quality()
     source = ExportSource(
@@ -156,8 +177,10 @@ def _quantize(job: Job, work: Path, signals: StopSignals) -> dict[str, Any]:
         "calibrator": asdict(config.calibrator),
         "transform": asdict(config.transform) | ({} if transform is None else asdict(transform.summary)),
         "pruner": asdict(config.pruner),
+        "distill": asdict(config.distill)
+        | {"blocks": [asdict(b) for b in job.distiller.done] if job.distiller else []},
         "sparsity": reached,
-        "calibration_tokens": sum(map(len, job.source.text.calibration)),
+        "calibration_tokens": job.source.text.tokens,
         "seconds": round(time.perf_counter() - begun, 3),
         "read_by": read_by,
     }

@@ -29,7 +29,7 @@ from finetune.atomic import fsync, write_json
 from finetune.errors import ConfigError
 from finetune.quant.layer import Layer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST, LOCK = "manifest.json", "lock"
 
 

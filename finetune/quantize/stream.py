@@ -13,20 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from finetune.data.rows import Batch as Rows
-from finetune.evaluation import predictions
 from finetune.export.merge import Stock
 from finetune.model.blocks import BlockReader
+from finetune.quant.driver import CALIBRATION
 from finetune.quant.layer import Layer
 from finetune.quant.replay import Batch, Calls, Sink
 from finetune.quant.resident import Resident
 from finetune.quant.standins import Answer, ending, rehearse
-from finetune.quantize.measure import Comparison
+from finetune.quantize.measure import Figures, Measure
 from finetune.quantize.state import State
 from finetune.quantize.write import stock_tensors
 from finetune.structure.base import Structure
 
-CALIBRATION, DENSE, QUANTIZED = "calibration", "dense", "quantized"
-"""Names of the lanes: what is calibrated on, and held-out text in the dense and in the quantized model."""
+DENSE, QUANTIZED = "dense", "quantized"
+"""Names of the lanes of held-out text in the dense and in the quantized model, beside those of the driver."""
 
 
 class OneBlock(Resident):
@@ -38,6 +38,7 @@ class OneBlock(Resident):
         state: where finished blocks are kept.
         answer: what `standins.answer_of` said.
         rows: held-out text, none to measure nothing.
+        measure: what of a model's answers is compared.
         in_public: as in `write`.
         summary: what is to be saved with a block beside its projections.
     """
@@ -49,12 +50,13 @@ class OneBlock(Resident):
         state: State,
         answer: Answer,
         rows: Sequence[Rows],
+        measure: Measure,
         in_public: bool,
         summary: Callable[[], dict[str, Any]],
     ) -> None:
         super().__init__()
         self.reader, self.structure, self.state, self.answer, self.rows = reader, structure, state, answer, rows
-        self.in_public, self.summary = in_public, summary
+        self.measure, self.in_public, self.summary = measure, in_public, summary
         self.model, self.device = reader.model, torch.device(reader.device)
         self.finished, self.layers = state.finished, state.layers
         self._stock = Stock.of(self.model)
@@ -87,8 +89,8 @@ class OneBlock(Resident):
         _put(self.model, block, self.reader.read(block))
         self._follow(DENSE, number, block)
 
-    def onward(self, number: int, hidden: Iterator[Tensor]) -> Sink:
-        return self._spilled(CALIBRATION, number, hidden)
+    def keep(self, lane: str, number: int, hidden: Iterator[Tensor]) -> Sink:
+        return self._spilled(lane, number, hidden)
 
     def leave(self, number: int, block: str, layers: Sequence[Layer]) -> None:
         self._follow(QUANTIZED, number, block)
@@ -99,11 +101,11 @@ class OneBlock(Resident):
         self.model.get_submodule(block).to("meta")
         self.reader.release()
 
-    def quality(self) -> dict[str, float | int | None] | None:
+    def quality(self) -> Figures | None:
         """The quantized model against the dense one on the held-out text; None without any."""
         if not self.rows:
             return None
-        comparison = Comparison()
+        comparison = self.measure.comparison()
         dense, quantized = self._followers[DENSE].hidden, self._followers[QUANTIZED].hidden
         with ending(self.model, self.structure.stacks[0].blocks, self.answer) as give:
 
@@ -115,7 +117,7 @@ class OneBlock(Resident):
                 return model
 
             for row, one, other in zip(self.rows, dense, quantized, strict=True):
-                pair = (predictions(after(one), [row], self.device), predictions(after(other), [row], self.device))
+                pair = [self.measure.seen(after(hidden), [row], self.device) for hidden in (one, other)]
                 for before, now in zip(*pair, strict=True):
                     comparison.add(before, now)
         return comparison.figures()

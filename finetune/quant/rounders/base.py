@@ -71,12 +71,14 @@ class Rounded:
             tr(W H W^T), of rounding to nearest, and of what is stored now; without inputs that of the weight (H = I).
         damping: the largest that a matrix needed; None where rounding to nearest was kept.
         note: what the user should know, empty for nothing.
+        grid: that its codes lie on; None where no inputs were seen.
     """
 
     error_rtn: float
     error: float
     damping: float | None = None
     note: str = ""
+    grid: Grid | None = None
 
 
 class Rounder(ABC):
@@ -141,7 +143,7 @@ def apply(rounder: Rounder, module: PackedWeight, weight: Tensor, grams: Sequenc
         chosen |= better
     if chosen:
         module.take(grid, torch.stack(codes) if laid.dim() == 3 else codes[0])
-    return tally.result("")
+    return tally.result("", grid)
 
 
 def _matrices(weight: Tensor, nearest: Tensor, grid: Grid) -> Iterator[tuple[Tensor, Tensor, Grid]]:
@@ -187,11 +189,11 @@ class _Tally:
     def _note(self, text: str) -> None:
         self.notes[text] = self.notes.get(text, 0) + 1
 
-    def result(self, note: str) -> Rounded:
+    def result(self, note: str, grid: Grid | None = None) -> Rounded:
         """What to report."""
         share = 1 / self.energy if self.energy > 0 else 0.0
         notes = [note] if note else [f"{n} of its experts: {text}" if n > 1 else text for text, n in self.notes.items()]
-        return Rounded(self.before * share, self.after * share, self.damping, "; ".join(notes))
+        return Rounded(self.before * share, self.after * share, self.damping, "; ".join(notes), grid)
 
 
 def squared(delta_OI: Tensor, gram_II: Tensor | None) -> float:
