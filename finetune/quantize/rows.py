@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from finetune.data.batching import collate
 from finetune.data.config import DataConfig
@@ -46,6 +47,14 @@ class Unlabelled(Labelling):
         return 0
 
 
+@dataclass
+class Uncached(Batch):
+    """Rows of a model that would hand its blocks a cache, which grows whenever a block is run again."""
+
+    def model_inputs(self) -> dict[str, Tensor | bool]:
+        return super().model_inputs() | {"use_cache": False}
+
+
 @dataclass(frozen=True)
 class Reader:
     """How the rows of one model are read.
@@ -56,6 +65,7 @@ class Reader:
         tokenizer: its own.
         context: tokens that the model can attend over.
         segments: whether the model tells the texts of a pair apart.
+        caches: whether it can be told to use no cache.
     """
 
     config: CalibrationConfig
@@ -63,6 +73,7 @@ class Reader:
     tokenizer: Any
     context: int
     segments: bool
+    caches: bool
 
     @property
     def length(self) -> int:
@@ -105,14 +116,15 @@ class RowText(Text):
         labelled: whether the targets of `eval` are labels.
         pad_id: fills up nothing; batches want one.
         together: rows that are run at a time, at most.
+        caches: as `Reader`.
     """
 
     def __init__(
-        self, calibration: TokenRows, eval: TokenRows, labelled: bool, pad_id: int, together: int = BATCH_ROWS
+        self, calibration: TokenRows, eval: TokenRows, labelled: bool, pad_id: int, together: int, caches: bool
     ) -> None:
         super().__init__(labelled=labelled)
         self.calibration_rows, self.eval_rows = calibration, eval
-        self.pad_id, self.together = pad_id, together
+        self.pad_id, self.together, self.caches = pad_id, together, caches
 
     @property
     def tokens(self) -> int:
@@ -142,6 +154,8 @@ class RowText(Text):
             step = min(self.together, max(1, tokens // length))
             parts = (numbers[start : start + step] for start in range(0, len(numbers), step))
             batches += [collate(rows, [[number] for number in part], self.pad_id) for part in parts]
+        if self.caches and rows.sources is None:
+            return [Uncached(**vars(batch)) for batch in batches]
         return batches
 
 
@@ -172,7 +186,7 @@ def read_rows(reader: Reader, vocabulary: int, quant: QuantConfig, pad_id: int, 
             rows = take(rows, np.flatnonzero(~chosen))
         calibration = rows[: config.samples]
         check_enough(len(calibration.input_ids), quant)
-    return RowText(calibration, held_out[:MOST_ROWS], known, pad_id, together)
+    return RowText(calibration, held_out[:MOST_ROWS], known, pad_id, together, reader.caches)
 
 
 def _forms(data: DataConfig, sources: Sequence[Source]) -> tuple[list[Format], bool]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,7 +107,8 @@ def _text(config: QuantizeConfig, model: Any, held: Held, tokenizer: Any) -> Tex
     vocabulary, context = int(told.vocab_size), context_length(config.model)
     if not held.reads_rows:
         return read_text(config.data, tokenizer, vocabulary, context, config.quant)
-    reader = Reader(config.data, held, tokenizer, context, reads_segments(model))
+    caches = "use_cache" in signature(model.forward).parameters
+    reader = Reader(config.data, held, tokenizer, context, reads_segments(model), caches)
     pad = told.pad_token_id  # a decoder's classifier takes one row at a time without
     return read_rows(reader, vocabulary, config.quant, pad or 0, BATCH_ROWS if pad is not None else 1)
 
