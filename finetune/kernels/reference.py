@@ -123,11 +123,16 @@ def nest_absmax(absmax_G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     groups = -(-count // NESTED_BLOCK)
     padded = torch.nn.functional.pad(centred, (0, groups * NESTED_BLOCK - count)).view(groups, NESTED_BLOCK)
     nested = padded.abs().amax(dim=1)
-    # A group of zeros becomes 0 * infinity = NaN here, and then code 0.
-    unit = (padded * nested.reciprocal().unsqueeze(1)).nan_to_num_(nan=-1).clamp_(-1, 1)
-    index = ((unit + 1) * 0.5 * 65535 + 0.5).int()
-    codes = books.dynamic_lookup(absmax_G.device)[index]
+    codes = nested_codes(padded, nested.unsqueeze(1))
     return codes.view(-1)[:count].clone(), nested, offset.reshape(1)
+
+
+def nested_codes(centred: Tensor, nested: Tensor) -> Tensor:
+    """The codes of absmax less the offset under given nested absmax, uint8; beyond them those of the ends."""
+    # A group of zeros becomes 0 * infinity = NaN here, and then code 0.
+    unit = (centred * nested.reciprocal()).nan_to_num_(nan=-1).clamp_(-1, 1)
+    index = ((unit + 1) * 0.5 * 65535 + 0.5).int()
+    return books.dynamic_lookup(centred.device)[index]
 
 
 def decode_absmax(absmax_G: Tensor, nested_absmax: Tensor | None, offset: Tensor | None) -> Tensor:

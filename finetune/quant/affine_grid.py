@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -28,12 +28,16 @@ class AffineGrid:
         zero_OG: None (symmetric), uint8 (integer zero points) or float32 (real ones).
         bits: of a code.
         group_size: columns of a row under one scale; -1 for the whole row.
+        scale_dtype: a dtype that scales have to survive beside the one they are stored in, for groups fitted anew.
+        clipped: search the ranges of groups that are fitted anew.
     """
 
     scale_OG: Tensor
     zero_OG: Tensor | None
     bits: int
     group_size: int
+    scale_dtype: torch.dtype | None = None
+    clipped: bool = False
 
     @classmethod
     def fit(
@@ -80,7 +84,7 @@ class AffineGrid:
             zero_OG = least_OG
         elif not symmetric:
             zero_OG = (-least_OG / scale_OG.float()).round().clamp(0, steps).to(torch.uint8)
-        return cls(scale_OG, zero_OG, bits, group_size)
+        return cls(scale_OG, zero_OG, bits, group_size, scale_dtype)
 
     def part(self, rows: int | slice) -> Self:
         """The grid of some of the leading rows, or of one expert of a stack."""
@@ -90,6 +94,45 @@ class AffineGrid:
     def expert(self, number: int) -> Self:
         """The grid of one expert of a stack."""
         return self.part(number)
+
+    @property
+    def group(self) -> int | None:
+        """Columns of a group; None for rows."""
+        return self.group_size if self.group_size > 0 else None
+
+    def refit(self, w_OC: Tensor, first: int) -> Self:
+        """The grid whose group of columns from `first` on spans these; scales keep the dtype of the others."""
+        ends = torch.finfo(self.scale_OG.dtype)
+
+        def fitted(shrink_OG: Tensor | None) -> AffineGrid:
+            new = AffineGrid.fit(
+                w_OC,
+                self.bits,
+                -1,
+                symmetric=self.zero_OG is None,
+                zero_point="real" if self.zero_OG is not None and self.zero_OG.is_floating_point() else "integer",
+                scale_dtype=self.scale_dtype,
+                shrink_OG=shrink_OG,
+            )
+            scale_OG = new.scale_OG.float().clamp(ends.smallest_normal, ends.max)
+            return replace(new, scale_OG=scale_OG.to(self.scale_OG.dtype))
+
+        place = first // self.group_size
+        one = fitted(clipped_shares(w_OC, fitted) if self.clipped else None)
+        return self._with((slice(None), slice(place, place + 1)), one)
+
+    def with_expert(self, number: int, part: Self) -> Self:
+        """The grid of a stack with another one for one of its experts."""
+        return self._with(number, part)
+
+    def _with(self, where: Any, other: AffineGrid) -> Self:
+        """The grid with another's scales and zero points in some places."""
+        scale_OG, zero_OG = self.scale_OG.clone(), self.zero_OG
+        scale_OG[where] = other.scale_OG
+        if zero_OG is not None and other.zero_OG is not None:
+            zero_OG = zero_OG.clone()
+            zero_OG[where] = other.zero_OG
+        return replace(self, scale_OG=scale_OG, zero_OG=zero_OG)
 
     def encode(self, w_OI: Tensor) -> Tensor:
         """The nearest codes, uint8 [.., O, I]; half way between two, the even multiple of the scale."""

@@ -130,7 +130,7 @@ class Affine(PackedWeight):
 
     def fit_clipped(self, weight: Tensor) -> AffineGrid:
         parts = [self._fit(w, clipped_shares(w, partial(self._fit, w))) for w in self.row_parts(weight)]
-        return self._joined(parts)
+        return replace(self._joined(parts), clipped=True)
 
     def _joined(self, parts: list[AffineGrid]) -> AffineGrid:
         """The grid of the whole from those of some rows each."""
@@ -144,7 +144,7 @@ class Affine(PackedWeight):
             return tensor.view(*self.shape[:-1], -1)
 
         zero = shaped(torch.cat(zeros)) if zeros else None
-        return AffineGrid(shaped(scale), zero, self.bits, self.group_size)
+        return replace(parts[0], scale_OG=shaped(scale), zero_OG=zero)
 
     def take(self, grid: Grid, codes: Tensor) -> None:
         assert isinstance(grid, AffineGrid)

@@ -10,6 +10,7 @@ so `store`, chooses them for the absmax before that second rounding.)
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Self
 
 import torch
@@ -53,6 +54,36 @@ class Codebook4Grid:
         """The part of one expert; its blocks may be shared with its neighbours."""
         matrix = self.shape[1:]
         return replace(self, shape=matrix, start=self.start + number * matrix[0] * matrix[1])
+
+    @property
+    def group(self) -> int | None:
+        """Weights of a block, where every row holds whole blocks; else None."""
+        return self.block_size if self.shape[-1] % self.block_size == 0 else None
+
+    def refit(self, w_OC: Tensor, first: int) -> Self:
+        """The grid whose blocks from the column `first` on have these weights' absmax, in 8 bits within the nested
+        ranges there are where it is stored so."""
+        rows, width = self.shape
+        place_O = (torch.arange(0, rows * width, width, device=w_OC.device) + first + self.start) // self.block_size
+        absmax_O = w_OC.float().abs().amax(dim=1)
+        packed = self.packed
+        if packed.nested_absmax is None or packed.offset is None:
+            return self._with(place_O, absmax_O, absmax_O)
+        nested_O = packed.nested_absmax[place_O // reference.NESTED_BLOCK]
+        codes_O = reference.nested_codes(absmax_O - packed.offset, nested_O)
+        values_O = books.dynamic_map(w_OC.device)[codes_O.int()] * nested_O + packed.offset
+        return self._with(place_O, codes_O, values_O)
+
+    def with_expert(self, number: int, part: Self) -> Self:
+        """The grid of a stack with another one for one of its experts."""
+        first, count = part.start // self.block_size, prod(part.shape) // self.block_size
+        place_G = torch.arange(first, first + count, device=self.absmax_G.device)
+        return self._with(place_G, part.packed.absmax_G[place_G], part.absmax_G[place_G])
+
+    def _with(self, place: Tensor, stored: Tensor, decoded: Tensor) -> Self:
+        """The grid with another absmax for some blocks."""
+        packed = self.packed._replace(absmax_G=self.packed.absmax_G.index_copy(0, place, stored))
+        return replace(self, packed=packed, absmax_G=self.absmax_G.index_copy(0, place, decoded))
 
     def round_columns(self, w_OC: Tensor, first: int) -> Tensor:
         """The nearest codes, uint8; half way between two values, the lower one."""

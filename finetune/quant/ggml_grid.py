@@ -122,6 +122,34 @@ class GgmlGrid:
         """The grid of one expert of a stack."""
         return self.part(number)
 
+    @property
+    def group(self) -> int | None:
+        """Weights of a block."""
+        return ggml.BLOCK
+
+    def refit(self, w_OC: Tensor, first: int) -> Self:
+        """The grid whose block of columns from `first` on is fitted to these."""
+        outliers = 0 if self.places_OK is None else self.places_OK.shape[-1] // self.scale_OG.shape[-1]
+        place = first // ggml.BLOCK
+
+        def put(mine: Tensor, new: Tensor) -> Tensor:
+            each = new.shape[-1]
+            mine = mine.clone()
+            mine[:, place * each : (place + 1) * each] = new
+            return mine
+
+        return self.map(put, type(self).fit(w_OC, self.kind, outliers))
+
+    def with_expert(self, number: int, part: Self) -> Self:
+        """The grid of a stack with another one for one of its experts."""
+
+        def put(mine: Tensor, new: Tensor) -> Tensor:
+            mine = mine.clone()
+            mine[number] = new
+            return mine
+
+        return self.map(put, part)
+
     def round_columns(self, w_OC: Tensor, first: int) -> Tensor:
         """The codes that ggml gives the columns from `first` on, uint8 [.., O, C]; at the ends those of the ends."""
         layout, count = ggml.LAYOUTS[self.kind], w_OC.shape[-1]

@@ -12,13 +12,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
 
 from finetune.quant.base import QuantConfig
-from finetune.quant.grid import Grid
+from finetune.quant.grid import Grid, Regrouped
 from finetune.quant.packed import PackedWeight
 from finetune.registry import Registry
 
@@ -55,11 +55,13 @@ class Choice:
         codes_OI: on the grid.
         damping: the share of the mean diagonal of H that was needed; None where there was no use for any.
         note: what the user should know, empty for nothing.
+        grid: that they lie on, where it is another than the one that was given.
     """
 
     codes_OI: Tensor
     damping: float | None = None
     note: str = ""
+    grid: Grid | None = None
 
 
 @dataclass(frozen=True)
@@ -131,16 +133,18 @@ def apply(rounder: Rounder, module: PackedWeight, weight: Tensor, grams: Sequenc
         tally.add(laid.float(), module.decode(torch.float32), None)
         note = "saw no inputs: rounded to nearest" if any(gram is None for gram in grams) else "its inputs are all zero"
         return tally.result(note if grams else "")
-    grid = rounder.fit(module, laid)
+    grid = given = rounder.fit(module, laid)
     nearest = module.decode(torch.float32)
     codes, chosen = [], False
-    for number, (w_OI, near_OI, part) in enumerate(_matrices(laid, nearest, grid)):
+    for number, (w_OI, near_OI, part) in enumerate(_matrices(laid, nearest, given)):
         gram_II = grams[number]
         gram_II = None if gram_II is None else gram_II.to(device=device, dtype=torch.float32)
         choice = None if gram_II is None else rounder.choose(part, w_OI, gram_II)
         better = tally.judge(w_OI, near_OI, part, gram_II, choice)
         codes.append(choice.codes_OI if choice is not None and better else part.round_columns(w_OI, 0))
         chosen |= better
+        if better and choice is not None and isinstance(choice.grid, Regrouped):
+            grid = choice.grid if laid.dim() == 2 else cast(Regrouped, grid).with_expert(number, choice.grid)
     if chosen:
         module.take(grid, torch.stack(codes) if laid.dim() == 3 else codes[0])
     return tally.result("", grid)
@@ -179,7 +183,7 @@ class _Tally:
         self.before += before
         if choice is not None and choice.note:
             self._note(choice.note)
-        after = before if choice is None else squared(w_OI - grid.decode(choice.codes_OI), gram_II)
+        after = before if choice is None else squared(w_OI - (choice.grid or grid).decode(choice.codes_OI), gram_II)
         better = after < before
         self.after += min(after, before)
         if better and choice is not None and choice.damping is not None:

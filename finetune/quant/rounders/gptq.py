@@ -1,8 +1,12 @@
 """GPTQ (Frantar et al. 2022, arXiv:2210.17323, section 3): later columns make good the error of each one.
 
-Over any grid: affine integers, NF4 and FP4, rows of int8. The grid is static: it is fixed from the weight as it was,
-before the first code is chosen, with its scales as they will be stored. So columns may be taken in any order
-(`act_order`) and no index of groups is needed to decode.
+Over any grid: affine integers, NF4 and FP4, llama.cpp's blocks, rows of integers. It is fixed from the weight as it
+was, before the first code is chosen, with its scales as they will be stored ("static groups"). So columns may be taken
+in any order (`act_order`) and no index of groups is needed to decode.
+
+With `static_groups=false` the range of a group is fitted when its first column is reached, to what the columns before
+have made of its weights (the paper's section 4 and its authors' code). An order by energy then is one of groups, and of
+columns within each (GPTQModel's "group-aware" act-order), so that there is no index either.
 
 An input that was zero in all samples teaches nothing about its column, which is rounded to nearest. (The paper's code
 sets it to zero, which the first input that is not zero would miss.)
@@ -22,7 +26,7 @@ from torch import Tensor
 from finetune.errors import ConfigError
 from finetune.quant.affine_storage import AffineConfig
 from finetune.quant.base import QuantConfig
-from finetune.quant.grid import Grid
+from finetune.quant.grid import Grid, Regrouped
 from finetune.quant.packed import PackedWeight
 from finetune.quant.rounders.base import CALIBRATORS, CalibratorConfig, Choice, Rounder
 
@@ -37,7 +41,10 @@ class GPTQConfig(CalibratorConfig):
     """Settings of GPTQ.
 
     Attributes:
-        act_order: take the columns with the most energy first.
+        act_order: take the columns with the most energy first; without `static_groups` the groups with the most, and
+            within a group its columns.
+        static_groups: fix the ranges of all groups before the first code is chosen; otherwise that of a group when it
+            is reached. It makes no difference where a row is one group, or where groups run over more than one row.
         damping: share of the mean diagonal of H that is added to its diagonal; tenfold, then a hundredfold, where H is
             not positive definite in float32, which is reported.
         mse: search, for each group, the share of its range that leaves the least sum of |error|^2.4; integer formats.
@@ -47,6 +54,7 @@ class GPTQConfig(CalibratorConfig):
 
     name: str = "gptq"
     act_order: bool = True
+    static_groups: bool = True
     damping: float = 0.01
     mse: bool = False
 
@@ -73,16 +81,34 @@ class GPTQ(Rounder):
         if not bool((gram_II.diagonal() > 0).any()):
             return None
         gram_II = alive(gram_II)
+        size = grid.group if not self.config.static_groups and isinstance(grid, Regrouped) else None
         order_I = torch.arange(len(gram_II), device=gram_II.device)
         if self.config.act_order:
-            order_I = gram_II.diagonal().argsort(descending=True, stable=True)
+            order_I = by_energy(gram_II.diagonal(), size)
         factor_II, damping = inverse_factor(gram_II, self.config.damping, order_I)
         if factor_II is None:
             return Choice(
                 grid.round_columns(w_OI, 0), None, f"H is singular up to damping {damping:g}: rounded to nearest"
             )
         note = f"H needed damping {damping:g}" if damping != self.config.damping else ""
-        return Choice(_codes(grid, w_OI, factor_II, order_I), damping, note)
+        codes_OI, fitted = _codes(grid, w_OI, factor_II, order_I, size)
+        return Choice(codes_OI, damping, note, fitted)
+
+
+def by_energy(energy_I: Tensor, size: int | None) -> Tensor:
+    """An order of columns, the most energy first.
+
+    Args:
+        size: of groups that stay together, the one with the most first and a short one last; None for no groups.
+    """
+    if size is None:
+        return energy_I.argsort(descending=True, stable=True)
+    whole = len(energy_I) // size * size
+    energy_GC = energy_I[:whole].view(-1, size)
+    within_GC = energy_GC.argsort(dim=1, descending=True, stable=True)
+    within_GC += torch.arange(0, whole, size, device=energy_I.device).unsqueeze(1)
+    groups_G = energy_GC.sum(dim=1).argsort(descending=True, stable=True)
+    return torch.cat([within_GC[groups_G].flatten(), whole + by_energy(energy_I[whole:], None)])
 
 
 def alive(gram_II: Tensor) -> Tensor:
@@ -127,19 +153,31 @@ def inverse_factor(gram_II: Tensor, damping: float, order_I: Tensor | None = Non
     return None, share
 
 
-def _codes(grid: Grid, w_OI: Tensor, factor_II: Tensor, order_I: Tensor) -> Tensor:
-    """Code after code in the given order of columns."""
+def _codes(
+    grid: Grid, w_OI: Tensor, factor_II: Tensor, order_I: Tensor, size: int | None
+) -> tuple[Tensor, Grid | None]:
+    """Code after code in the given order of columns, and the grid that they lie on, where groups are fitted on the way.
+
+    Args:
+        order_I: with `size`, each group's columns stand behind one another, and a short group last.
+        size: columns of a group, a power of two, whose range is fitted when its first column is reached.
+    """
     order = order_I.tolist()
     w_IO = w_OI[:, order_I].T.contiguous()  # a column, which is what is read and written here, then lies in one piece
     codes: list[Tensor] = [w_IO] * len(order)
+    fitted = grid
 
     def settle(place: int) -> Tensor:
+        nonlocal fitted
         column = order[place]
-        codes[column] = grid.round_columns(w_IO[place].unsqueeze(1), column)
-        return grid.decode(codes[column], column).squeeze(1)
+        if size is not None and isinstance(fitted, Regrouped) and place % size == 0:
+            run = order_I[place : place + size]
+            fitted = fitted.refit(w_IO[place + run.argsort()].T, min(order[place : place + size]))
+        codes[column] = fitted.round_columns(w_IO[place].unsqueeze(1), column)
+        return fitted.decode(codes[column], column).squeeze(1)
 
-    sweep(w_IO, factor_II, settle)
-    return torch.cat(codes, dim=1)
+    sweep(w_IO, factor_II, settle, max(size or 0, COLUMNS))
+    return torch.cat(codes, dim=1), fitted if size is not None else None
 
 
 def sweep(w_IO: Tensor, factor_II: Tensor, settle: Callable[[int], Tensor], columns: int = COLUMNS) -> None:

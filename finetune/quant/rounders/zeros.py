@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from finetune.quant.base import QUANTIZERS, QuantConfig
-from finetune.quant.grid import Grid
+from finetune.quant.grid import Grid, Regrouped
 from finetune.quant.packed import PackedWeight
 from finetune.quant.rounders.base import Choice, Rounder
 
@@ -41,6 +41,22 @@ class MaskedGrid:
         """As the grid does."""
         return self.grid.decode(codes_OC, first)
 
+    @property
+    def group(self) -> int | None:
+        """As the grid has it; None where its groups cannot be fitted anew."""
+        return self.grid.group if isinstance(self.grid, Regrouped) else None
+
+    def refit(self, w_OC: Tensor, first: int) -> Self:
+        """The grid fitted to the weights that are kept."""
+        assert isinstance(self.grid, Regrouped)
+        kept_OC = self.kept_OI[:, first : first + w_OC.shape[1]]
+        return replace(self, grid=self.grid.refit(torch.where(kept_OC, w_OC, 0), first))
+
+    def with_expert(self, number: int, part: Self) -> Self:
+        """The grid of a stack with another one for one of its experts."""
+        assert isinstance(self.grid, Regrouped) and isinstance(part.grid, Regrouped)
+        return replace(self, grid=self.grid.with_expert(number, part.grid))
+
     def part(self, rows: slice) -> Self:
         """The part of some rows of a matrix."""
         return replace(self, grid=self.grid.part(rows), kept_OI=self.kept_OI[rows])
@@ -64,7 +80,10 @@ class ZerosKept(Rounder):
         return self.rounder.fit(module, weight)
 
     def choose(self, grid: Grid, w_OI: Tensor, gram_II: Tensor) -> Choice | None:
-        return self.rounder.choose(MaskedGrid(grid, w_OI != 0), w_OI, gram_II)
+        choice = self.rounder.choose(MaskedGrid(grid, w_OI != 0), w_OI, gram_II)
+        if choice is None or not isinstance(choice.grid, MaskedGrid):
+            return choice
+        return replace(choice, grid=choice.grid.grid)
 
 
 @torch.no_grad()
