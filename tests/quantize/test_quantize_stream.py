@@ -39,11 +39,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(tmp_path_factory.mktemp("base") / "model")
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return quantize_models.text(tmp_path_factory.mktemp("text") / "rows.jsonl")
-
-
 def bytes_of(directory: Path) -> dict[str, Any]:
     """Every file; of the report what does not tell the time, figures of floating-point sums nearly."""
     files: dict[str, Any] = {

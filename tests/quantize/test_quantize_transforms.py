@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import quantize_models
 import torch
 from quantize_models import logits, run, save
 from transformers import AutoModelForCausalLM
@@ -26,11 +25,6 @@ def outliers(model: Any) -> None:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(tmp_path_factory.mktemp("base") / "model", change=outliers, tie_word_embeddings=False)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return quantize_models.text(tmp_path_factory.mktemp("text") / "rows.jsonl")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import quantize_models
 import torch
 from quantize_models import WORDS, logits, run, save
 from safetensors import safe_open
@@ -25,11 +24,6 @@ from finetune.quant.dense import DenseLinear
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(tmp_path_factory.mktemp("base") / "model")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return quantize_models.text(tmp_path_factory.mktemp("text") / "rows.jsonl")
 
 
 @pytest.mark.parametrize(
