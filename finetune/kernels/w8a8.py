@@ -1,12 +1,14 @@
-"""Weights and inputs both rounded to integers: the reference in plain torch and the operators of w8a8 and w6a6.
+"""Weights and inputs both rounded to integers: the reference in plain torch and the operators of w8a8, w6a6 and w4a8.
 
-Shape suffixes: M rows of the input, B its leading dimensions, O out features, I in features.
+Shape suffixes: M rows of the input, B its leading dimensions, O out features, I in features, G groups of a row.
 
 Symmetric integers (SmoothQuant, Xiao et al. 2022, arXiv:2211.10438, section 2): `code = round(v / scale)`, half to
-even, from -L to L with L = 2^(bits-1) - 1, and `scale = max|v| / L`. A weight has one scale a row or one for all of it;
-an input one a row (token), one for the whole call (tensor), or one fixed beforehand (static), beyond which it is
-clipped: to -L - 1 below, where vLLM and compressed-tensors saturate. The product of codes is exact in int32 and scaled
-once: `y = product * (scale_x * scale_w) + bias`.
+even, from -L to L with L = 2^(bits-1) - 1, and `scale = max|v| / L`. A weight has one scale a row, one for each of G
+runs of as many columns of a row (ZeroQuant, Yao et al. 2022, arXiv:2206.01861, section 4.1), or one for all of it; an
+input one a row (token), one for the whole call (tensor), or one fixed beforehand (static), beyond which it is clipped:
+to -L - 1 below, where vLLM and compressed-tensors saturate. The product of codes is exact in int32 and scaled once,
+`y = product * (scale_x * scale_w) + bias`; with groups there is one product for each, scaled before they are added up
+in float32.
 
 - `finetune::dequantize_w8a8`, `linear_w8a8`, `input_gradient_w8a8` (products.py): the input is left alone.
 - `finetune::integer_linear_w8a8`: the input is rounded as well. Its gradient is straight-through: grad @ w.
@@ -54,8 +56,26 @@ def input_scale(x_MI: Tensor, bits: int, per_token: bool, static: Tensor | None)
 
 
 def decode(codes_OI: Tensor, scale: Tensor) -> Tensor:
-    """`code * scale` in float32; the scale broadcasts."""
-    return codes_OI.float() * scale
+    """`code * scale` in float32; the scale broadcasts, or is [.., O, G]."""
+    if scale.shape[-1] == 1:
+        return codes_OI.float() * scale
+    return (codes_OI.float().unflatten(-1, (scale.shape[-1], -1)) * scale.unsqueeze(-1)).flatten(-2)
+
+
+def scaled_product(codes_MI: Tensor, codes_OI: Tensor, scale_x: Tensor, scale: Tensor) -> Tensor:
+    """`(codes_MI * scale_x) @ (codes_OI * scale).T` in float32, by exact products of integers.
+
+    Args:
+        scale_x: float32, broadcasts with [M, 1].
+        scale: float32 [O, G] or [1].
+    """
+    groups = scale.shape[-1]
+    if groups == 1:
+        return torch.ops.finetune.int8_product(codes_MI, codes_OI).float().mul_(scale_x * scale.view(1, -1))
+    y_MO = scale_x.new_zeros(codes_MI.shape[0], codes_OI.shape[0])
+    for x_MC, w_OC, scale_O in zip(codes_MI.chunk(groups, 1), codes_OI.chunk(groups, 1), scale.unbind(1), strict=True):
+        y_MO += torch.ops.finetune.int8_product(x_MC.contiguous(), w_OC.contiguous()).float().mul_(scale_O)
+    return y_MO.mul_(scale_x)
 
 
 def dequantize_w8a8(codes_OI: Tensor, scale: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
@@ -63,7 +83,7 @@ def dequantize_w8a8(codes_OI: Tensor, scale: Tensor, shape: list[int], dtype: to
 
     Args:
         codes_OI: int8 [.., O, I].
-        scale: float32 [.., O, 1] or [.., 1, 1] or [1].
+        scale: float32 [.., O, G] or [.., 1, 1] or [1].
     """
     return torch.ops.finetune.dequantize_w8a8(codes_OI, scale, shape, dtype)
 
@@ -89,9 +109,9 @@ def integer_linear(
     for one. Under autocast `x_BI` is cast first.
 
     Args:
-        scale: of the weight, float32 [O, 1] or [1].
+        scale: of the weight, float32 [O, G] or [1].
         static: the scale of the input, float32 [1]; None takes that of each call.
-        bits: of a code, at most 8.
+        bits: of a code of the input, at most 8.
         per_token: without `static`, each row of the input has its own scale.
     """
     x_BI, bias_O = autocast(x_BI, bias_O)
@@ -126,8 +146,7 @@ def _integer_linear(
         return x.new_zeros([*x.shape[:-1], codes.shape[0]]) + (0 if bias is None else bias)
     scale_x, most = input_scale(x_MI, bits, per_token, static), levels(bits)
     codes_MI = round_to(x_MI, scale_x, -most if static is None else -most - 1, most)
-    product_MO = torch.ops.finetune.int8_product(codes_MI, codes)
-    y_MO = product_MO.float().mul_(scale_x * scale.view(1, -1))
+    y_MO = scaled_product(codes_MI, codes, scale_x, scale)
     if bias is not None:
         y_MO += bias
     return owned(y_MO.to(x.dtype).view(*x.shape[:-1], codes.shape[0]))
@@ -163,7 +182,7 @@ def _operand_linear(
     x_BI: Tensor, bias_O: Tensor | None, tensors: list[Tensor], settings: list[str], out_features: int
 ) -> Tensor:
     """As `operand.Product`; tensors are codes, scale and where it is static the input's scale; the settings are the
-    bits and how inputs are rounded: token, tensor, static or none."""
+    bits of inputs and how they are rounded: token, tensor, static or none."""
     codes, scale, *static = tensors
     bits, inputs = settings
     if inputs == "none":

@@ -36,6 +36,14 @@ class W6A6Config(IntegerConfig):
     name: str = "w6a6"
 
 
+@dataclass
+class W4A8Config(IntegerConfig):
+    """4 bits of weights, each code in a byte, 8 of inputs: settings as in `IntegerConfig`."""
+
+    name: str = "w4a8"
+    group_size: int = 64
+
+
 class IntegerLinear(PackedLinear, Integer):
     """A linear layer in integers that rounds its inputs to integers as well."""
 
@@ -45,7 +53,7 @@ class IntegerLinear(PackedLinear, Integer):
             return w8a8.linear_w8a8(x_BI, self.bias, self.weight, self.weight_scale)
         static = self.input_scale if self.inputs == "static" else None
         return w8a8.integer_linear(
-            x_BI, self.bias, self.weight, self.weight_scale, static, self.bits, self.inputs == "token"
+            x_BI, self.bias, self.weight, self.weight_scale, static, self.input_bits, self.inputs == "token"
         )
 
     def operand(self) -> Operand:
@@ -60,7 +68,7 @@ class IntegerLinear(PackedLinear, Integer):
                 f"a layer of {self.in_features} inputs saw none in calibration, so it has no static scale: expected"
                 " quant.static=false, or text that reaches it"
             )
-        scale = largest.float().clamp(min=LEAST_MAGNITUDE).view(1) / w8a8.levels(self.bits)
+        scale = largest.float().clamp(min=LEAST_MAGNITUDE).view(1) / w8a8.levels(self.input_bits)
         self.input_scale = nn.Parameter(survivable(scale, self.dtype), requires_grad=False)
 
     def like(self, settings: QuantConfig) -> Self:
@@ -92,5 +100,5 @@ class IntegerExperts(PackedExperts, Integer):
         return False
 
 
-for _config in (W8A8Config, W6A6Config):
+for _config in (W8A8Config, W6A6Config, W4A8Config):
     QUANTIZERS.register(_config)(builder(IntegerLinear, IntegerExperts))

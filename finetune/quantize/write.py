@@ -25,6 +25,7 @@ from finetune.model.stored import quantization_config
 from finetune.quant.affine import AffineLinear
 from finetune.quant.base import QuantConfig
 from finetune.quant.packed import PackedExperts, PackedLinear, PackedWeight
+from finetune.quant.w8a8_storage import IntegerConfig
 from finetune.structure.base import Structure
 from finetune.structure.inspect import projection_of
 
@@ -77,6 +78,8 @@ def write(
         return "transformers, and finetune"
     method = (told or {}).get("quant_method")
     vllm = getattr(quant, "bits", 8) in compressed_format.PACKED_BITS  # it has no kernels for other integers
+    if isinstance(quant, IntegerConfig):
+        vllm = (quant.bits, quant.group_size) == (8, -1)
     return {
         "bitsandbytes": "transformers + bitsandbytes, and finetune",
         compressed_format.METHOD: f"transformers{' or vLLM' if vllm else ''} with compressed-tensors, and finetune",

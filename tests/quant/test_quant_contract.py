@@ -16,7 +16,7 @@ FORMATS = [name for name in QUANTIZERS.types() if name != "keep"]
 OUT, IN, EXPERTS = 24, 40, 3
 ERROR = {"int2": 0.6, "int3": 0.25}
 """Relative error of a Gaussian weight that a format may leave; 0.2 where it is not named."""
-ROUNDS_ITS_INPUT = {"int8": 0.02, "w8a8": 0.02, "w6a6": 0.06}
+ROUNDS_ITS_INPUT = {"int8": 0.02, "w8a8": 0.02, "w6a6": 0.06, "w4a8": 0.02}
 """Relative error of a product that rounding the input may add: these formats do so by definition."""
 
 

@@ -1,4 +1,4 @@
-"""w8a8 and w6a6: the product of integers against float64, its gradient, adapters on it, what is refused."""
+"""w8a8, w6a6 and w4a8: the product of integers against float64, its gradient, adapters on it, what is refused."""
 
 from __future__ import annotations
 
@@ -14,16 +14,23 @@ from finetune.kernels import w8a8
 from finetune.quant.base import QUANTIZERS
 from finetune.quant.rounders.base import apply
 from finetune.quant.rounders.gptq import GPTQ
-from finetune.quant.w8a8 import IntegerExperts, IntegerLinear, W6A6Config, W8A8Config
+from finetune.quant.w8a8 import IntegerExperts, IntegerLinear, W4A8Config, W6A6Config, W8A8Config
 from finetune.quant.w8a8_storage import IntegerConfig
 
 KINDS = {8: W8A8Config, 6: W6A6Config}
-MOST = {8: 127, 6: 31}
+MOST = {8: 127, 6: 31, 4: 7}
 INPUTS = [("token", False), ("tensor", False), ("tensor", True)]
 CASES = [(bits, weights, *inputs) for bits in KINDS for weights in ("channel", "tensor") for inputs in INPUTS]
 NAMES = [f"{bits}-{weights}-{'static' if static else inputs}" for bits, weights, inputs, static in CASES]
+GROUPED = [
+    W8A8Config(group_size=100),
+    W6A6Config(group_size=20, activations="tensor"),
+    W4A8Config(group_size=100),
+    W4A8Config(group_size=50, activations="tensor", static=True),
+]
+NAMES += [f"{config.name}-{config.group_size}" for config in GROUPED]
 case = pytest.mark.parametrize(
-    "config", [KINDS[b](weights=w, activations=a, static=s) for b, w, a, s in CASES], ids=NAMES
+    "config", [KINDS[b](weights=w, activations=a, static=s) for b, w, a, s in CASES] + GROUPED, ids=NAMES
 )
 OUT, IN = 37, 1100
 """Odd, and wider than the columns that float32 adds up exactly at once."""
@@ -46,7 +53,7 @@ def filled(config: IntegerConfig, dtype: torch.dtype = torch.float32, seen: floa
 
 def rounded(x_MI: Tensor, config: IntegerConfig, seen: float = 3.0) -> Tensor:
     """What inputs are worth after rounding, in float64, by the formulas of the paper."""
-    most, x_MI = MOST[config.bits], x_MI.detach().double()
+    most, x_MI = MOST[config.input_bits], x_MI.detach().double()
     if config.static:
         return (x_MI * most / seen).round().clamp(-most - 1, most) * seen / most
     scale = (x_MI.abs().amax(1, keepdim=True) if config.activations == "token" else x_MI.abs().max()) / most
@@ -61,17 +68,19 @@ def test_the_product_of_integers_is_that_of_rounded_floats(config: IntegerConfig
     exact = rounded(x, config) @ w64.T + module.bias.double()
     assert (module(x).double() - exact).norm() < 1e-6 * exact.norm()
     dense = x.double() @ w64.T + module.bias.double()
-    assert 1e-3 < (exact - dense).norm() / dense.norm() < (0.03 if config.bits == 8 else 0.1)
+    assert 1e-3 < (exact - dense).norm() / dense.norm() < (0.03 if config.input_bits == 8 else 0.1)
 
 
 @case
 def test_weights_have_the_codes_of_the_paper(config: IntegerConfig) -> None:
     w = draw(OUT, IN) * torch.linspace(0.1, 2, OUT)[:, None]
     module, most = filled(config), MOST[config.bits]
-    largest = w.abs().max() if config.weights == "tensor" else w.abs().amax(1, keepdim=True)
+    size = IN if config.group_size < 0 else config.group_size
+    largest = w.abs().max() if config.weights == "tensor" else w.view(OUT, -1, size).abs().amax(-1)
     assert torch.equal(module.weight_scale.view(-1), (largest / most).view(-1))
-    assert module.weight_scale.shape == ((1,) if config.weights == "tensor" else (OUT, 1))
-    expected = (w.double() / module.weight_scale.double()).round()
+    assert module.weight_scale.shape == ((1,) if config.weights == "tensor" else (OUT, IN // size))
+    scale = module.weight_scale.double()
+    expected = (w.double() / (scale if config.weights == "tensor" else scale.repeat_interleave(size, 1))).round()
     assert torch.equal(module.weight.double(), expected) and module.weight.abs().max() == most
     again = module.requantize(module.dequantize(torch.float32))
     assert all(
@@ -79,7 +88,7 @@ def test_weights_have_the_codes_of_the_paper(config: IntegerConfig) -> None:
     )
     moved = module.requantize(module.dequantize(torch.float32) * 0.7)
     assert config.static == ("input_scale" in moved.state_dict()) and moved.settings() == module.settings() == config
-    assert module.bits_per_weight() == pytest.approx(8, abs=0.05)
+    assert module.bits_per_weight() == pytest.approx(8 + 32 / size * (config.weights == "channel"), abs=0.05)
 
 
 @case
@@ -121,7 +130,7 @@ def test_adapters_multiply_by_it_as_it_does_itself(config: IntegerConfig) -> Non
 def test_half_precision(config: IntegerConfig, dtype: torch.dtype) -> None:
     module, x = filled(config, dtype), draw(5, IN, seed=1).to(dtype)
     y = module(x)
-    seen = float(module.input_scale) * MOST[config.bits] if config.static else 3.0
+    seen = float(module.input_scale) * MOST[config.input_bits] if config.static else 3.0
     exact = rounded(x, config, seen) @ module.dequantize(torch.float64).T
     assert y.dtype == dtype and (y.double() - exact).norm() < 5e-3 * exact.norm()
     held = module.weight_scale.to(dtype).float()
@@ -172,6 +181,10 @@ def test_operators(activations: str, static: bool) -> None:
     torch.library.opcheck(torch.ops.finetune.input_gradient_w8a8.default, (draw(3, OUT), *storage, IN))
     codes = torch.randint(-128, 128, (5, IN), dtype=torch.int8)
     torch.library.opcheck(torch.ops.finetune.int8_product.default, (codes, storage[0]))
+    grouped = filled(W4A8Config(group_size=20))
+    storage = (grouped.weight.detach(), grouped.weight_scale.detach())
+    torch.library.opcheck(torch.ops.finetune.integer_linear_w8a8.default, (x, None, *storage, None, 8, True))
+    torch.library.opcheck(torch.ops.finetune.dequantize_w8a8.default, (*storage, [OUT, IN], torch.bfloat16))
 
 
 @pytest.mark.parametrize("rows", [1, 5, 40])
@@ -190,11 +203,11 @@ def test_experts_round_no_inputs() -> None:
     assert module.weight_scale.shape == (3, 1, 1)
 
 
-@pytest.mark.parametrize("weights", ["channel", "tensor"])
-def test_gptq_chooses_codes_on_the_same_scales(weights: str) -> None:
+@pytest.mark.parametrize("settings", [{}, {"weights": "tensor"}, {"group_size": 16}], ids=lambda s: "-".join(s))
+def test_gptq_chooses_codes_on_the_same_scales(settings: dict[str, Any]) -> None:
     mix = draw(64, 64, seed=6) + 2 * draw(64, 1, seed=7) @ draw(1, 64, seed=8)
     x, w = draw(512, 64, seed=9) @ mix, draw(24, 64, seed=10)
-    modules = [QUANTIZERS.build(W6A6Config(weights=weights), 24, 64) for _ in range(3)]
+    modules = [QUANTIZERS.build(W6A6Config(**settings), 24, 64) for _ in range(3)]
     modules[0].store(w)
     result = apply(GPTQ(), modules[1], w, [x.T @ x])
     assert result.error < result.error_rtn / 1.5
@@ -224,6 +237,8 @@ REFUSED = [
     ({"activations": "channel"}, "quant.activations is channel: expected token or tensor"),
     ({"static": True}, "quant.static=true fixes one scale for all tokens: expected quant.activations=tensor"),
     ({"static": True, "activations": "tensor", "head": True}, "the head is not calibrated"),
+    ({"group_size": 0}, "quant.group_size is 0: expected 2 or more, or -1 for whole rows"),
+    ({"group_size": 64, "weights": "tensor"}, "expected quant.weights=channel, or group_size=-1"),
 ]
 
 
@@ -231,6 +246,25 @@ REFUSED = [
 def test_settings_out_of_range_are_one_line(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         W8A8Config(**settings)
+
+
+def test_groups_divide_the_inputs_of_a_layer_or_hold_all_of_them() -> None:
+    words = "quant.group_size=64 does not divide the 1100 inputs of a layer: expected 4, or -1 for whole rows"
+    with pytest.raises(ConfigError, match=words):
+        QUANTIZERS.build(W4A8Config(), OUT, IN, device="meta")
+    with pytest.raises(ConfigError, match="expected -1 for whole rows"):
+        QUANTIZERS.build(W8A8Config(group_size=3), OUT, IN, experts=2)
+    assert QUANTIZERS.build(W4A8Config(), OUT, 40).weight_scale.shape == (OUT, 1)
+
+
+def test_finer_groups_err_less() -> None:
+    w = draw(OUT, 128, seed=11) * torch.linspace(0.2, 3, 128)
+    errors = []
+    for size in (-1, 64, 32, 16):
+        module = QUANTIZERS.build(W4A8Config(group_size=size), OUT, 128)
+        module.store(w)
+        errors.append(float((module.dequantize(torch.float32) - w).norm()))
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.7 * errors[0]
 
 
 def test_static_scales_that_are_missing_are_named() -> None:

@@ -1,4 +1,4 @@
-"""w8a8 and w6a6 checkpoints: static scales from calibration, stock transformers, and reading them back as bases."""
+"""w8a8, w6a6 and w4a8 checkpoints: static scales from calibration, stock transformers, and reading them back as bases."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import finetune as ft
 from finetune.errors import ConfigError, ModelError
-from finetune.quant.w8a8 import IntegerExperts, IntegerLinear, W6A6Config, W8A8Config
+from finetune.quant.w8a8 import IntegerExperts, IntegerLinear, W4A8Config, W6A6Config, W8A8Config
 
 Made = Callable[..., tuple[Path, dict[str, Any]]]
 STATIC = ["quant.activations=tensor", "quant.static=true"]
@@ -81,7 +81,7 @@ def largest_difference(ours: nn.Module, theirs: nn.Module) -> float:
 
 def rounding(config: Any, scale: Tensor | None) -> Any:
     """A hook that rounds the input of a dense layer as the paper says, in floating point."""
-    most = {"w8a8": 127, "w6a6": 31}[config.name]
+    most = {8: 127, 6: 31}[config.input_bits]
 
     def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x = inputs[0]
@@ -99,6 +99,8 @@ CASES: list[tuple[list[str], Any]] = [
     (["quant=w8a8", "quant.weights=tensor", *STATIC], W8A8Config("w8a8", "tensor", "tensor", True)),
     (["quant=w8a8", *STATIC, "calibrator=gptq"], W8A8Config("w8a8", "channel", "tensor", True)),
     (["quant=w6a6", *STATIC], W6A6Config("w6a6", "channel", "tensor", True)),
+    (["quant=w8a8", "quant.group_size=32"], W8A8Config(group_size=32)),
+    (["quant=w4a8", "quant.group_size=32", "calibrator=gptq"], W4A8Config(group_size=32)),
 ]
 
 
@@ -107,7 +109,8 @@ def test_a_dense_model_that_rounds_in_floats_gives_the_same_logits(
     base: Path, made: Made, overrides: list[str], config: Any
 ) -> None:
     path, record = made(*overrides)
-    assert record["bits_per_weight"] == pytest.approx(8, abs=0.6) and record["quality"]["kl_mean"] < 0.05
+    assert record["bits_per_weight"] == pytest.approx(8 + (config.group_size > 0), abs=0.6)
+    assert record["quality"]["kl_mean"] < (0.05 if config.bits > 4 else 0.5)
     ours, _ = ft.load(str(path), dtype="fp32", device="cpu")
     dense = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     layers = dict(integer_layers(ours))
@@ -125,7 +128,7 @@ def test_a_dense_model_that_rounds_in_floats_gives_the_same_logits(
 def test_stock_transformers_opens_it(made: Made, overrides: list[str], config: Any) -> None:
     pytest.importorskip("compressed_tensors", reason="the compressed-tensors package is not installed")
     path, record = made(*overrides)
-    assert ("vLLM" in record["read_by"]) == (config.name == "w8a8") and "compressed-tensors" in record["read_by"]
+    assert ("vLLM" in record["read_by"]) == (config.name == "w8a8" and config.group_size < 0) and "compressed-tensors" in record["read_by"]
     stock = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, device_map={"": "cpu"}).eval()
     theirs = logits(stock)
     ours, _ = ft.load(str(path), dtype="fp32", device="cpu")
@@ -240,9 +243,10 @@ def ft_config(name: str) -> Any:
 
 FOREIGN: list[tuple[dict[str, Any], str]] = [
     ({"input_activations": None}, "int8 weights and no scheme for inputs"),
-    ({"weights": {"strategy": "group"}}, "quant.weights is group: expected channel or tensor"),
-    ({"weights": {"num_bits": 4}}, "weights of 4 bits int, inputs of 8 bits int, not read here"),
-    ({"input_activations": {"symmetric": False}}, "not read here: expected int of 8 or 6 bits, symmetric"),
+    ({"weights": {"strategy": "group"}}, "group_size of its quantization is None: expected a whole number"),
+    ({"weights": {"strategy": "block"}}, "quant.weights is block: expected channel or tensor"),
+    ({"weights": {"num_bits": 2}}, "weights of 2 bits int, inputs of 8 bits int, not read here"),
+    ({"input_activations": {"symmetric": False}}, "not read here: expected int, symmetric"),
 ]
 
 
