@@ -160,7 +160,7 @@ def export_formats(names: str | Sequence[str], adapter: Adapter | None) -> tuple
         ConfigError: as `check_exports`.
     """
     from finetune.export.config import AUTO
-    from finetune.export.formats import AUTOMATIC, chosen
+    from finetune.export.formats import AUTOMATIC, chosen, formats
 
     check_exports(names, adapter)
     if names != AUTO:
@@ -169,6 +169,7 @@ def export_formats(names: str | Sequence[str], adapter: Adapter | None) -> tuple
     for form in chosen(AUTOMATIC):
         left_out.setdefault(export_fault(form, adapter), []).append(form.name)
     able = left_out.pop("", [])
+    able += [name for name, form in formats().items() if form.fault is not None and not export_fault(form, adapter)]
     reasons = "; ".join(f"{', '.join(forms)}: {reason}" for reason, forms in left_out.items())
     return able, f"export.formats=auto leaves out {reasons}" if reasons else ""
 
@@ -176,9 +177,11 @@ def export_formats(names: str | Sequence[str], adapter: Adapter | None) -> tuple
 def export_fault(form: Format, adapter: Adapter | None) -> str:
     """Why a format cannot be written of an adapter, or the base alone; empty where it can."""
     if adapter is None:
-        return "there is no adapter" if form.loader == "peft" else ""
+        return "there is no adapter" if form.loader == "peft" or form.fault is not None else ""
     if form.needs_merge and not adapter.mergeable:
         return f"it cannot be merged, because {adapter.obstacle}"
     if form.loader == "peft" and adapter.members:
         return "PEFT opens one adapter at a time; adapter/ has a directory for each part"
+    if form.fault is not None and (fault := form.fault(adapter)):
+        return fault
     return adapter.peft_obstacle if form.loader == "peft" else ""

@@ -95,6 +95,8 @@ class Format:
         write: writes a new, empty directory and says what the proof needs to know of it.
         check: looks at the tensors in the files and returns a complaint where they are not what the format promises (an
             export that was asked to be quantized and is not); None checks nothing.
+        fault: says why an adapter cannot be written so, in words, or nothing; None is for what the rest says already. A
+            format with one is for some methods alone: `export.formats=auto` writes it where there is no fault.
     """
 
     name: str
@@ -105,6 +107,7 @@ class Format:
     lossless: bool
     write: Callable[[ExportSource, Path], Written]
     check: Callable[[Written, Sequence[StoredTensor]], str | None] | None = None
+    fault: Callable[[Adapter], str] | None = None
 
 
 @dataclass

@@ -50,6 +50,7 @@ class AffineGrid:
         zero_point: str,
         scale_dtype: torch.dtype | None = None,
         shrink_OG: Tensor | None = None,
+        narrow: bool = True,
     ) -> Self:
         """The grid that spans each group of a weight, from its least to its largest value.
 
@@ -62,6 +63,8 @@ class AffineGrid:
         Args:
             scale_dtype: a dtype that scales have to survive beside the one they are stored in here.
             shrink_OG: span this share of each group instead, the rest being clipped; None spans all of it.
+            narrow: see whether float16 can hold the scales; False leaves them in float32, and does not wait for the
+                device that holds the weight.
         """
         least_OG, most_OG = _ends(w_OI.float(), group_size)
         if shrink_OG is not None:
@@ -78,13 +81,18 @@ class AffineGrid:
         if scale_dtype is not None:
             scale_OG = scale_OG.to(scale_dtype).float()
             scale_OG = torch.where(scale_OG == 0, 1.0, scale_OG)
-        scale_OG = _stored(scale_OG)
+        if narrow:
+            scale_OG = _stored(scale_OG)
         zero_OG = None
         if not symmetric and zero_point == "real":
             zero_OG = least_OG
         elif not symmetric:
             zero_OG = (-least_OG / scale_OG.float()).round().clamp(0, steps).to(torch.uint8)
         return cls(scale_OG, zero_OG, bits, group_size, scale_dtype)
+
+    def narrowed(self) -> Self:
+        """The grid with its scales as they are stored, where `fit` left them in float32."""
+        return replace(self, scale_OG=_stored(self.scale_OG))
 
     def part(self, rows: int | slice) -> Self:
         """The grid of some of the leading rows, or of one expert of a stack."""

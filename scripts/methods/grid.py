@@ -30,7 +30,12 @@ RATES: dict[str, tuple[float, float, float]] = {
     "prelayer": (5e-2, 1e-1, 2e-1),
 }
 """Three rates a method, two to four times apart, for a base of hidden size 256; without a line here, LoRA's."""
-LEFT_OUT = {"stack": "several methods at once", "layers": "whole blocks, for offsite-tuning"}
+LEFT_OUT = {
+    "stack": "several methods at once",
+    "layers": "whole blocks, for offsite-tuning",
+    "qat": "for few bits: scripts/bench_qat.py",
+    "qat_scales": "for few bits: scripts/bench_qat.py",
+}
 """Registered, but no method of the table, and why."""
 EXTRA = {"bitfit": ("adapter.bias=all",)}
 """What a method needs besides its defaults on the bases here: the embedded one has no biases."""

@@ -153,7 +153,7 @@ def dense_twin(family: str, quant: str = "dense", tied: bool | None = None) -> n
 
 SETTINGS: dict[str, dict[str, Any]] = {"layers": {"layers": [0]}}
 """What a method cannot do without, by method."""
-BASES: dict[str, tuple[str, ...]] = {"qa_lora": ("int4",)}
+BASES: dict[str, tuple[str, ...]] = {"qa_lora": ("int4",), "qat": ("dense", "int4"), "qat_scales": ("int4",)}
 """Storage formats that a method works on, where that is not every one."""
 REFUSED: dict[tuple[str, str], str] = {}
 """What a family cannot carry, by method and family, and a part of the words that say so."""

@@ -112,7 +112,7 @@ def test_still_widens_and_puts_everything_back() -> None:
 
 
 def test_formats_are_found_and_a_misspelt_one_is_named() -> None:
-    assert list(formats()) == ["bnb-nf4", "peft", "safetensors"]
+    assert list(formats()) == ["bnb-nf4", "compressed-tensors", "peft", "safetensors"]
     assert [form.name for form in chosen(["peft", "safetensors"])] == ["peft", "safetensors"]
     with pytest.raises(ConfigError, match=r"no format is called 'safetensor'.*did you mean 'safetensors'"):
         chosen(["safetensor"])

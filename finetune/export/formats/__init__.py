@@ -10,7 +10,8 @@ from finetune.errors import ConfigError, nearest
 from finetune.export.base import Format
 
 AUTOMATIC = ("safetensors", "bnb-nf4", "peft")
-"""What `export.formats=auto` writes, as far as the adapter allows: merged in 16 bits, in 4, and the adapter alone."""
+"""What `export.formats=auto` writes, as far as the adapter allows: merged in 16 bits, in 4, and the adapter alone; and
+formats for some methods alone where it is one of these."""
 
 
 def formats() -> dict[str, Format]:
