@@ -37,6 +37,11 @@ class QuantConfig:
         """Whether a dense weight cannot be stored so before calibration has seen what it multiplies."""
         return False
 
+    @property
+    def clipped_bits(self) -> int:
+        """Bits of inputs whose static range is to be searched (quant/token_clip.py); 0 where none is."""
+        return 0
+
 
 QUANTIZERS: Registry[QuantConfig] = Registry("quant", "finetune.quant")
 """`QUANTIZERS.build(config, out_features, in_features, bias=..., dtype=..., device=...)` returns an empty

@@ -27,6 +27,7 @@ from finetune.quant.replay import Batch, Calls, inputs_of, reading_alike, watchi
 from finetune.quant.resident import Resident, lay_out
 from finetune.quant.rounders.base import Rounder, apply
 from finetune.quant.rounders.rtn import RTN
+from finetune.quant.token_clip import clip_tokens
 from finetune.quant.transforms.base import Transform
 from finetune.structure.base import Projection, Structure
 
@@ -164,6 +165,11 @@ class Driver:
         with watching(self.model, watched, saw):
             for _ in forward():
                 pass
+        for reader in watched if self.quant.clipped_bits else ():
+            gram = seen.get((reader.name, 0))
+            if gram is not None and reader.kind != "experts":
+                readers = group if len(watched) == 1 else [reader]
+                clip_tokens(self.model, reader, readers, gram, self.quant.clipped_bits, forward)
         for number, p in enumerate(group):
             reader = watched[number if len(watched) == len(group) else 0]
             self._quantize(p, [seen.get((reader.name, expert)) for expert in range(p.experts)])
@@ -178,7 +184,7 @@ class Driver:
         if isinstance(frozen, PackedWeight):
             self.prepare(frozen)
             if isinstance(frozen, FrozenLinear):
-                frozen.see_inputs(grams[0].largest if grams and grams[0] is not None else None)
+                frozen.see_inputs(grams[0].limit if grams and grams[0] is not None else None)
         matrices = [None if gram is None else gram.matrix_II for gram in grams]
         rounder, w, sparsity = self.rounder if grams else RTN(), dense.dequantize(weight.dtype), None
         if self.pruner is not None and p not in self.heads:

@@ -1,4 +1,4 @@
-"""What the inputs of a projection look like, as far as rounders and formats ask: second moment, largest magnitude.
+"""What the inputs of a projection look like, as far as rounders and formats ask: second moment, largest magnitudes.
 
 Shape suffixes: N samples, I in features.
 """
@@ -15,13 +15,15 @@ class Gram:
     Attributes:
         samples: how many inputs were seen.
         matrix_II: the sum; None before the first.
-        largest: magnitude among the inputs, float32; None before the first.
+        limit: magnitude that the inputs are to be represented up to, a float32 scalar; the largest one as long as none
+            is searched. None before the first input.
     """
 
     def __init__(self) -> None:
         self.samples = 0
         self.matrix_II: Tensor | None = None
-        self.largest: Tensor | None = None
+        self.limit: Tensor | None = None
+        self._largest: list[Tensor] = []
 
     def add(self, x: Tensor) -> None:
         """Take some inputs in, [.., I]."""
@@ -29,9 +31,14 @@ class Gram:
         if not len(x_NI):
             return
         self.samples += len(x_NI)
-        largest = x_NI.abs().amax()
-        self.largest = largest if self.largest is None else torch.maximum(self.largest, largest)
+        self._largest.append(torch.maximum(x_NI.amax(1), -x_NI.amin(1)))
+        largest = self._largest[-1].amax()
+        self.limit = largest if self.limit is None else torch.maximum(self.limit, largest)
         if self.matrix_II is None:
             self.matrix_II = x_NI.T @ x_NI
         else:
             self.matrix_II.addmm_(x_NI.T, x_NI)
+
+    def largest_N(self) -> Tensor:
+        """The largest magnitude of each input, float32."""
+        return torch.cat(self._largest)

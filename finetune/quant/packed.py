@@ -77,7 +77,7 @@ class PackedWeight(FrozenWeight):
         """Hold codes of a grid that `fit` gave, in the layout of the codes, [.., O, I], in its dtype for them."""
 
     def see_inputs(self, largest: Tensor | None) -> None:
-        """Told before it is filled what calibration saw of its inputs: their largest magnitude, None without any.
+        """Told before it is filled how large inputs it has to represent, by calibration; None where it saw none.
 
         Raises:
             ModelError: where the format cannot do without.

@@ -47,17 +47,20 @@ class IntegerConfig(QuantConfig):
         group_size: with weights=channel, the inputs of one output that share a scale, -1 for all; it has to divide the
             inputs of every layer that has more than that.
         activations: token | tensor: the same of inputs, one row or all rows of a call.
-        static: one scale for all inputs of a layer, of the largest one in calibration; inputs beyond it are clipped.
+        static: one scale for all inputs of a layer, found in calibration; inputs beyond it are clipped.
+        clip: none | token_wise: what a static scale spans, the largest input, or what leaves the least error of the
+            layer's output (Outlier Suppression's search, quant/token_clip.py).
         head: quantize the output head as well; a head tied to the embeddings cannot be.
     """
 
-    at_will: ClassVar[tuple[str, ...]] = ("activations",)
+    at_will: ClassVar[tuple[str, ...]] = ("activations", "clip")
 
     weights: str = "channel"
     activations: str = "token"
     static: bool = False
     head: bool = False
     group_size: int = -1
+    clip: str = "none"
 
     def __post_init__(self) -> None:
         if self.weights not in ("channel", "tensor"):
@@ -68,6 +71,12 @@ class IntegerConfig(QuantConfig):
             raise ConfigError("quant.static=true fixes one scale for all tokens: expected quant.activations=tensor")
         if self.static and self.head:
             raise ConfigError("quant.static=true with quant.head=true: the head is not calibrated, expected head=false")
+        if self.clip not in ("none", "token_wise"):
+            raise ConfigError(f"quant.clip is {self.clip}: expected none or token_wise")
+        if self.clip != "none" and not self.static:
+            raise ConfigError(
+                f"quant.clip={self.clip} searches static scales: expected quant.static=true, or clip=none"
+            )
         if self.group_size != -1 and self.group_size < 2:
             raise ConfigError(f"quant.group_size is {self.group_size}: expected 2 or more, or -1 for whole rows")
         if self.group_size != -1 and self.weights == "tensor":
@@ -90,6 +99,11 @@ class IntegerConfig(QuantConfig):
     def needs_inputs(self) -> bool:
         """A static scale is that of inputs seen in calibration."""
         return self.static
+
+    @property
+    def clipped_bits(self) -> int:
+        """As `clip` says."""
+        return self.input_bits if self.clip == "token_wise" else 0
 
 
 class Integer(PackedWeight):
