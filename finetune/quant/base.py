@@ -26,9 +26,11 @@ class QuantConfig:
 
     Attributes:
         at_will: names of settings that say how to compute, not what is stored; a stored checkpoint leaves them free.
+        rounds: whether there are codes to choose; false where weights are stored as they are.
     """
 
     at_will: ClassVar[tuple[str, ...]] = ()
+    rounds: ClassVar[bool] = True
 
     name: str = "base"
 

@@ -6,7 +6,7 @@ Shape suffixes: O out features, I in features, E experts, B leading dimensions.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from finetune.quant.base import QUANTIZERS, FrozenExperts, FrozenLinear, FrozenW
 @dataclass
 class DenseConfig(QuantConfig):
     """No quantization."""
+
+    rounds: ClassVar[bool] = False
 
     name: str = "none"
 

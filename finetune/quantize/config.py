@@ -101,8 +101,8 @@ class QuantizeConfig:
             raise ConfigError(f"max_shard_gb is {self.max_shard_gb}: expected more than 0")
         if isinstance(self.quant, KeepConfig) or (isinstance(self.quant, DenseConfig) and not self.pruner.prunes):
             raise ConfigError(f"quant={self.quant.name} stores nothing in fewer bits: expected nf4, int4, int8, ...")
-        if isinstance(self.quant, DenseConfig):
-            self._check_dense()
+        if not self.quant.rounds:
+            self._check_exact()
         self.pruner.check_calibrator(self.calibrator)
         self.calibrator.check_format(self.quant)
         if self.quant.needs_inputs and self.data.calibration is None:
@@ -126,16 +126,18 @@ class QuantizeConfig:
                 f"distill.steps={self.distill.steps} trains on text: set data.calibration=FILE, or distill.steps=0"
             )
 
-    def _check_dense(self) -> None:
+    def _check_exact(self) -> None:
         """Refuse what has no say where nothing is rounded."""
         for group, choice, idle in (
             ("calibrator", self.calibrator.name, RTNConfig.name),
             ("transform", self.transform.name, NoTransformConfig.name),
         ):
             if choice != idle:
-                raise ConfigError(f"quant=none rounds nothing, so {group}={choice} has no say: expected {group}={idle}")
+                raise ConfigError(
+                    f"quant={self.quant.name} rounds nothing, so {group}={choice} has no say: expected {group}={idle}"
+                )
         if self.distill.steps:
-            raise ConfigError("quant=none has no codes, so distill.steps has no say: expected distill.steps=0")
+            raise ConfigError(f"quant={self.quant.name} has no codes, so distill.steps has no say: expected distill.steps=0")
 
     def target(self) -> Path:
         """The directory to write.
