@@ -17,6 +17,7 @@ from finetune.model.ggml_format import GgmlBlocks
 from finetune.model.gptq_format import Gptq
 from finetune.model.headers import Header
 from finetune.model.int_quantized_format import IntQuantized
+from finetune.model.sparse_format import SparseValues
 from finetune.model.stored_format import StoredFormat
 from finetune.quant.base import QuantConfig
 from finetune.quant.dense import DenseConfig
@@ -26,6 +27,7 @@ FORMATS: tuple[StoredFormat, ...] = (
     BnbInt8(),
     AffineCodes(),
     GgmlBlocks(),
+    SparseValues(),
     CompressedTensors(),
     IntQuantized(),
     Gptq(),
@@ -104,7 +106,13 @@ def storage_of(told: dict[str, Any] | None, headers: list[Header], where: str) -
 
 
 def quantization_config(
-    quant: QuantConfig, dtype: torch.dtype, kept: list[str], *, stacks: bool = False, conv1ds: bool = False
+    quant: QuantConfig,
+    dtype: torch.dtype,
+    kept: list[str],
+    *,
+    stacks: bool = False,
+    conv1ds: bool = False,
+    derived: bool = False,
 ) -> dict[str, Any] | None:
     """`quantization_config` of config.json for a model stored so; None for a dense one.
 
@@ -116,11 +124,12 @@ def quantization_config(
         kept: names of the linear modules that are not quantized.
         stacks: whether experts are packed too, which no stock library reads.
         conv1ds: whether Conv1Ds are, which some do.
+        derived: whether layers of classes derived from `nn.Linear` are, which some do.
     """
     if isinstance(quant, DenseConfig):
         return None
     form = next((form for form in FORMATS if form.writes(quant)), None)
-    readable = form is not None and not stacks and (form.conv1ds or not conv1ds)
+    readable = form is not None and not stacks and form.conv1ds >= conv1ds and form.derived >= derived
     stock = form.stock_config(quant, dtype, kept) if form is not None and readable else None
     return stock or {"quant_method": METHOD, "format_version": FORMAT_VERSION, "quant": asdict(quant)}
 
