@@ -1,8 +1,8 @@
-"""QAT: training with the integers that the merged weight is stored in, so that merging and exporting round nothing more.
+"""QAT: training with the integers that the merged weight is stored in, so that merging and exporting round no more.
 
-A projection computes with `round(W + s B A)`: the sum of the frozen weight and a low-rank product (LoRA, arXiv:2106.09685)
-on a grid of integers, with a gradient straight through the rounding, as L4Q has it (Jeon et al. 2024, arXiv:2402.04902).
-Steps are learnt (LSQ, arXiv:1902.08153), or fitted anew to each group's range.
+A projection computes with `round(W + s B A)`: the sum of the frozen weight and a low-rank product (LoRA,
+arXiv:2106.09685) on a grid of integers, with a gradient straight through the rounding, as L4Q has it (Jeon et al. 2024,
+arXiv:2402.04902). Steps are learnt (LSQ, arXiv:1902.08153), or fitted anew to each group's range.
 
 On a dense base the grid is the one asked for; a base that is stored in integers keeps its own, and W is what it decodes
 to. Scales are numbers of bfloat16 from the first step on, which every checkpoint holds as they are.

@@ -1,4 +1,4 @@
-"""What quantization-aware training puts in the place of a frozen weight: the sum of both, on an integer grid; see qat.py.
+"""What quantization-aware training puts in the place of a frozen weight: a sum on an integer grid; see qat.py.
 
 Shape suffixes: B leading dimensions, O out features, I in features, R rank, G groups of a row, E experts; `...` a stack
 of experts or nothing.
@@ -135,7 +135,7 @@ class FakeQuantized(LearntGrid):
     def summed(self, w_OI: Tensor, a_RI: Tensor, b_OR: Tensor) -> Tensor:
         """w_OI + s B A in float32, zero where a pruned base is."""
         sum_OI = w_OI + self.scaling * (b_OR.float() @ a_RI.float())  # type: ignore[operator]
-        return torch.where(w_OI != 0, sum_OI, 0) if self.pruned_base() is not None else sum_OI
+        return sum_OI * (w_OI != 0) if self.pruned_base() is not None else sum_OI
 
 
 class QATLinear(FakeQuantized, LoRALinear):

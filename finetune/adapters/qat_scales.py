@@ -1,8 +1,8 @@
 """QAT of scales only: the integers of the base stay, their scales (and real zero points) train.
 
 PEQA (Kim et al. 2023, arXiv:2305.14152), section 3.2: `W = q (s0 + ds)` with the codes q frozen. Here the change is a
-share of the scale, `s = s0 (1 + t)`, so that a rate means the same in every layer; scales are numbers of bfloat16, which
-every checkpoint holds as they are. It merges into the base's own codes with other scales, and nothing is rounded.
+share of the scale, `s = s0 (1 + t)`, so that a rate means the same in every layer; scales are numbers of bfloat16,
+which every checkpoint holds as they are. It merges into the base's own codes with other scales, and nothing is rounded.
 
 Shape suffixes: B leading dimensions, O out features, I in features, G groups of a row.
 """
@@ -80,7 +80,7 @@ class LearntScales(LearntGrid):
             code_OGS = code_OGS - zero_OG[..., None].float()
         return decode_steps(code_OGS, scale_OG, moved_OG, self.in_features)
 
-    def weight(self, expert: Any, *learnt: Tensor) -> Tensor:
+    def weight_of(self, expert: Any, *learnt: Tensor) -> Tensor:
         """w_OI of one expert, or of all there is (`...`)."""
         zero = self.base.zero
         return self.decoded(self.base.weight[expert], None if zero is None else zero[expert], expert, *learnt)
@@ -104,11 +104,11 @@ class ScalesLinear(LearntScales, AdaptedLinear):
 
     def adapted(self, x_BI: Tensor) -> Tensor:
         """x times the weight, in the dtype of x."""
-        return computed_linear(x_BI, self.bias, partial(self.weight, ...), *self.learnt())
+        return computed_linear(x_BI, self.bias, partial(self.weight_of, ...), *self.learnt())
 
     def merge(self, weight: Tensor) -> Tensor:
         """What the codes stand for now, in float32; what they stood for has no part in it."""
-        return self.weight(..., *self.learnt()).detach()
+        return self.weight_of(..., *self.learnt()).detach()
 
 
 class ScalesExperts(LearntScales, AdaptedExperts):
@@ -122,11 +122,11 @@ class ScalesExperts(LearntScales, AdaptedExperts):
     def adapted(self, expert: int | Tensor) -> Any:
         """The weight of one expert, computed where it is used."""
         index = int(expert)
-        return ComputedWeight(partial(self.weight, index), self.learnt(index), self.base.dtype, self.transposed)
+        return ComputedWeight(partial(self.weight_of, index), self.learnt(index), self.base.dtype, self.transposed)
 
     def merge(self, weight: Tensor) -> Tensor:
         """What the codes stand for now, in float32 and the layout of memory."""
-        w_EOI = self.weight(..., *self.learnt()).detach()
+        w_EOI = self.weight_of(..., *self.learnt()).detach()
         return w_EOI.mT.contiguous() if self.transposed else w_EOI
 
 

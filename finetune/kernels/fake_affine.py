@@ -41,7 +41,8 @@ def grouped(w_OI: Tensor, group_size: int) -> Tensor:
     """The columns of each group in a dimension of their own, [.., O, G, S]; a short last group is filled up with 0."""
     width = w_OI.shape[-1]
     size = width if group_size < 0 else group_size
-    return torch.nn.functional.pad(w_OI, (0, -width % size)).unflatten(-1, (-1, size))
+    short = -width % size
+    return (torch.nn.functional.pad(w_OI, (0, short)) if short else w_OI).unflatten(-1, (-1, size))
 
 
 def ungrouped(w_OGS: Tensor, in_features: int) -> Tensor:
@@ -60,14 +61,15 @@ def _codes(w_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor | None, bits: int, gr
     Counted from the code of zero; where zero points are real, from the value of code 0.
     """
     steps_OGS, most = grouped(w_OI, group_size), 2**bits - 1
-    if zero_OG is None:
-        steps_OGS, least = steps_OGS / scale_OG[..., None], -(2 ** (bits - 1))
+    if zero_OG is None or zero_OG.is_floating_point():
+        least = -(2 ** (bits - 1)) if zero_OG is None else 0
+        if zero_OG is not None:
+            steps_OGS = steps_OGS - zero_OG[..., None]
+        steps_OGS = steps_OGS / scale_OG[..., None]
         return steps_OGS, steps_OGS.round().clamp_(least, least + most)
-    if zero_OG.is_floating_point():
-        steps_OGS = (steps_OGS - zero_OG[..., None]).div_(scale_OG[..., None])
-        return steps_OGS, steps_OGS.round().clamp_(0, most)
     steps_OGS, least_OG1 = steps_OGS / scale_OG[..., None], -zero_OG[..., None].float()
-    return steps_OGS, steps_OGS.round().clamp_(least_OG1, least_OG1 + most)
+    # On CPUs several times as fast as `clamp` with tensors.
+    return steps_OGS, torch.minimum(torch.maximum(steps_OGS.round(), least_OG1), least_OG1 + most)
 
 
 def decode_steps(code_OGS: Tensor, scale_OG: Tensor, zero_OG: Tensor | None, in_features: int) -> Tensor:
@@ -85,8 +87,8 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, w_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor | None, bits: int, group_size: int) -> Tensor:
         steps_OGS, code_OGS = _codes(w_OI, scale_OG, zero_OG, bits, group_size)
-        inside_OGS = steps_OGS.round() == code_OGS
-        slope_OGS = torch.where(inside_OGS, code_OGS - steps_OGS, code_OGS) if ctx.needs_input_grad[1] else None
+        inside_OGS = (steps_OGS.round() == code_OGS).to(w_OI.dtype)
+        slope_OGS = code_OGS - steps_OGS * inside_OGS if ctx.needs_input_grad[1] else None
         ctx.save_for_backward(inside_OGS, slope_OGS)
         ctx.group_size, ctx.factor = group_size, gradient_factor(group_size, w_OI.shape[-1], bits)
         return decode_steps(code_OGS, scale_OG, zero_OG, w_OI.shape[-1])
@@ -99,5 +101,5 @@ class _FakeQuantize(torch.autograd.Function):
         needs_w, needs_scale, needs_zero, *_ = ctx.needs_input_grad
         grad_w = ungrouped(grad_OGS * inside_OGS, grad_OI.shape[-1]) if needs_w else None
         grad_scale = (grad_OGS * slope_OGS).sum(dim=-1).mul_(ctx.factor) if needs_scale else None
-        grad_zero = (grad_OGS * ~inside_OGS).sum(dim=-1).mul_(ctx.factor) if needs_zero else None
+        grad_zero = (grad_OGS * (1 - inside_OGS)).sum(dim=-1).mul_(ctx.factor) if needs_zero else None
         return grad_w, grad_scale, grad_zero, None, None

@@ -1,4 +1,4 @@
-"""The integers that were trained, as stock transformers and vLLM open them: compressed-tensors' `pack-quantized` layout.
+"""The integers that were trained, as stock transformers and vLLM open them: compressed-tensors' `pack-quantized`.
 
 For adapters that compute with integers (`adapter=qat`, `qat_scales`): codes and scales are written as they are in
 training, nothing is rounded. Codes of 2 and 3 bits are held in 4, the narrowest that the layout has in every version of
