@@ -107,6 +107,8 @@ class Source:
         if saved.modules_to_save:
             whole = ", ".join(saved.modules_to_save)
             raise ModelError(f"adapter {directory} also trains {whole} whole, which is no product to combine")
+        if saved.besides:
+            raise ModelError(f"adapter {directory} also has {saved.besides}, which is no product to combine")
         tensors = peft_format.read_tensors(directory)
         pairs: dict[Key, dict[int, Tensor]] = {}
         for name, tensor in tensors.items():

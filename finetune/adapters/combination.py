@@ -146,6 +146,8 @@ def combined(
     products: dict[str, list[Product]] = {}
     projections: dict[str, Projection] = {}
     for name, lora in loras.items():
+        if isinstance(lora, LoRAAdapter) and lora.besides:
+            raise ConfigError(f"{name} also has {lora.besides}, which is no product to combine")
         if not isinstance(lora, LoRAAdapter) or any(type(module) not in PLAIN for module in lora.adapted.values()):
             raise ConfigError(f"{name} is adapter={lora.config.name}, which is no plain low-rank product: use stacks")
         if lora.copies:

@@ -26,7 +26,7 @@ from finetune.adapters.targets import ALL_LINEAR, matches
 from finetune.adapters.weight import WeightAdapter, WeightConfig, choose
 from finetune.errors import ConfigError, ModelError, nearest
 from finetune.quant.base import FrozenLinear
-from finetune.structure import Projection, Structure, head_projection, inspect
+from finetune.structure import Projection, Structure, head_projection, inspect, other_projections
 from finetune.structure.flow import Flow, trace
 
 METHOD = "IA3"
@@ -126,6 +126,10 @@ class IA3Adapter(WeightAdapter):
                 mine, other = ("input", "output") if p.name in self.feedforward else ("output", "input")
                 raise ModelError(f"adapter {directory} scales the {other} of {p.name}, but here it is the {mine}")
 
+    def from_file(self, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Leaves out PEFT's copy of an adapted head of the base."""
+        return peft_format.without_base(tensors, {name: module.base for name, module in self.adapted.items()}, ())
+
     def file_config(self) -> dict[str, Any]:
         """adapter_config.json as stock PEFT reads it."""
         outputs, inputs = ([p.name for p in self.projections if (p.name in self.feedforward) == f] for f in (0, 1))
@@ -192,6 +196,7 @@ def _saved(config: IA3Config, model: nn.Module, structure: Structure) -> tuple[I
     if saved.target_modules == ALL_LINEAR:
         plan = [p for p in plain if p is not head]
     else:
+        plain += other_projections(model, structure)
         plan = [p for p in plain if saved.adapts(p.name)]
     if not plan and not saved.modules_to_save:
         raise ModelError(

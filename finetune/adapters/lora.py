@@ -14,15 +14,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from finetune.adapters import peft_format
+from finetune.adapters.adapted import AdaptedWeight
 from finetune.adapters.base import ADAPTERS
-from finetune.adapters.full_copy import resolve_modules, saved_whole
+from finetune.adapters.full_copy import resolve_modules, saved_whole, trained_whole
+from finetune.adapters.lora_besides import NOTHING, ROWS_KEY, Besides, biases, token_rows
 from finetune.adapters.lora_embedding import LoRAEmbedding, check_lookup
 from finetune.adapters.lora_layers import LoRAExperts, LoRALinear, transposed_factors
-from finetune.adapters.peft_lora import Saved, read_saved, resolve_saved, without_base
-from finetune.adapters.weight import WeightAdapter, WeightConfig, choose
+from finetune.adapters.lora_parameter import LoRAParameter, parameters_of
+from finetune.adapters.peft_lora import Saved, read_saved, resolve_saved
+from finetune.adapters.select import BiasLinear
+from finetune.adapters.token_rows import TokenRows
+from finetune.adapters.weight import WeightAdapter, WeightConfig, choose, freeze_dense
 from finetune.errors import ConfigError, ModelError
 from finetune.quant.base import FrozenExperts, FrozenLinear
 from finetune.structure import Projection, Structure, inspect
@@ -47,6 +53,8 @@ class LoRAConfig(WeightConfig):
     """
 
     embeds: ClassVar[bool] = True
+    trains_besides: ClassVar[bool] = True
+    """Whether it takes PEFT's files that train more than the products; see lora_besides.py."""
 
     name: str = "lora"
     rank: int = 16
@@ -70,6 +78,10 @@ class LoRAConfig(WeightConfig):
     def check_saved(self, directory: Path) -> None:
         """Refuse another method, settings that we do not compute, and another rank, alpha or rslora than set here."""
         saved = self.read(directory)
+        if saved.besides and not self.trains_besides:
+            raise ModelError(
+                f"adapter {directory} has {saved.besides}, which adapter={self.name} does not train: set adapter=lora"
+            )
         default = type(self)()
         for key in ("rank", "alpha", "rslora"):
             mine, theirs = getattr(self, key), getattr(saved, key)
@@ -113,15 +125,23 @@ class LoRAAdapter(WeightAdapter):
 
     config: LoRAConfig
 
-    def __init__(self, config: LoRAConfig, model: nn.Module, sizes: Mapping[str, Size], plan: list[Projection]) -> None:
-        self.sizes = sizes
+    def __init__(
+        self,
+        config: LoRAConfig,
+        model: nn.Module,
+        sizes: Mapping[str, Size],
+        plan: list[Projection],
+        besides: Besides = NOTHING,
+    ) -> None:
+        self.sizes, self.besides = sizes, besides
         super().__init__(config, model, plan)
         self.torn = [name for p in plan if p.kind == "embedding" for name in self.structure.ties if name != p.name]
 
     def check(self) -> None:
-        """A rank above the width of a projection would spend parameters on nothing."""
+        """A rank above the shorter side of a projection spends parameters on nothing; PEFT lets a file have one."""
         for p in self.projections:
-            rank, most = self.sizes[p.name].rank, min(p.in_features, p.out_features)
+            side = min if self.config.path is None else max
+            rank, most = self.sizes[p.name].rank, side(p.in_features, p.out_features)
             if rank > most:
                 raise ConfigError(
                     f"adapter.rank is {rank}, but {p.name} is {p.out_features} x {p.in_features}:"
@@ -142,20 +162,54 @@ class LoRAAdapter(WeightAdapter):
         """A low-rank table beside the token embedding."""
         return LoRAEmbedding(base, **self._sizes(projection))
 
+    def select(self) -> dict[str, tuple[str, ...]]:
+        """Modules whose bias trains, where every bias does."""
+        whole = trained_whole(self.model, self.structure, self.config.train_also)
+        self._biased, parts = biases(self.model, self.besides, self.projections, whole)
+        self.biased = tuple(parts)
+        return parts
+
+    def further(self) -> dict[str, AdaptedWeight]:
+        """Projections whose bias alone trains, and tables of which rows do."""
+        freeze_dense(self.model, self.structure, self._biased)
+        found: dict[str, AdaptedWeight] = {}
+        for p in self._biased:
+            base: Any = self.model.get_submodule(p.name)
+            found[p.name] = BiasLinear(base)
+        rows: dict[str, AdaptedWeight] = {**token_rows(self.model, self.structure, self.besides)}
+        for name in self.besides.parameters:
+            size = self.sizes[f"{name}.weight"]
+            rows[name] = LoRAParameter(
+                self.model.get_submodule(name), rank=size.rank, scaling=size.scaling(self.config.rslora)
+            )
+        twice = next((name for name in rows if name in found or name in self.adapted or name in self.copies), None)
+        if twice is not None:
+            raise ConfigError(f"the adapter {self.config.path} trains {twice} in two ways: expected one of them")
+        return found | rows
+
+    def _trained(self, wrapped: AdaptedWeight, dtype: torch.dtype) -> AdaptedWeight:
+        if isinstance(wrapped, LoRALinear):
+            wrapped.train_biases(self.besides.bias != "none", self.besides.lora_bias)
+        return super()._trained(wrapped, dtype)
+
     def _sizes(self, projection: Projection) -> dict[str, Any]:
         size = self.sizes[projection.name]
         return {"rank": size.rank, "scaling": size.scaling(self.config.rslora), "dropout": self.config.dropout}
 
     @property
     def mergeable(self) -> bool:
-        """Unless a saved adapter changes a token embedding that is tied here."""
-        return not self.torn
+        """Unless a saved adapter changes a token embedding that is tied here, or brings biases that the base lacks."""
+        return not self.obstacle
 
     @property
     def obstacle(self) -> str:
         """Names both."""
-        tied = f"{self.structure.embeddings}, whose weight is tied to {', '.join(self.torn)}, cannot change on its own"
-        return tied if self.torn else ""
+        if self.torn:
+            tied = ", ".join(self.torn)
+            return f"{self.structure.embeddings}, whose weight is tied to {tied}, cannot change on its own"
+        linear = ((name, module) for name, module in self.adapted.items() if isinstance(module, LoRALinear))
+        without = sorted({n.rpartition(".")[2] for n, m in linear if m.bias is None}) if self.besides.lora_bias else ()
+        return f"the layout of the base has no bias for {', '.join(without)}" if without else ""
 
     @property
     def peft_obstacle(self) -> str:
@@ -183,7 +237,25 @@ class LoRAAdapter(WeightAdapter):
                 name = p.name
             for factor in ("lora_A", "lora_B"):
                 keys[f"{peft_format.PREFIX}{name}.{factor}.weight"] = getattr(module, factor).weight
-        return keys | self.copy_keys()
+            if isinstance(module, LoRALinear):
+                own = {"base_layer.bias": module.trained_bias, "lora_B.bias": module.lora_B.bias}
+                keys |= {f"{peft_format.PREFIX}{name}.{leaf}": p for leaf, p in own.items() if p is not None}
+        return keys | self._keys_besides() | self.copy_keys()
+
+    def _keys_besides(self) -> dict[str, nn.Parameter]:
+        """PEFT's names of what is no projection; rows that several tables use come once, as those of the first."""
+        keys: dict[str, nn.Parameter] = {}
+        seen: set[int] = set()
+        for name, module in self.followed.items():
+            if isinstance(module, BiasLinear):
+                keys[f"{peft_format.PREFIX}{name}.bias"] = module.trained_bias
+            elif isinstance(module, TokenRows) and id(module.rows_NH) not in seen:
+                seen.add(id(module.rows_NH))
+                keys[f"{peft_format.PREFIX}{name}.{ROWS_KEY}"] = module.rows_NH
+            elif isinstance(module, LoRAParameter):
+                keys[f"{peft_format.PREFIX}{name}.lora_A.weight"] = module.lora_A.weight
+                keys[f"{peft_format.PREFIX}{name}.lora_B.weight"] = module.lora_B.weight
+        return keys
 
     def check_settings(self, directory: Path, saved: Mapping[str, Any]) -> None:
         """Refuse another rank, alpha or rslora; dropout plays no part after training."""
@@ -203,7 +275,10 @@ class LoRAAdapter(WeightAdapter):
     def from_file(self, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Leaves out PEFT's copies of the base, and turns the stacked experts of PEFT before 0.20 into their present
         layout; see `stacks_by_output`."""
-        tensors = without_base(tensors, {name: module.base for name, module in self.adapted.items()})
+        tensors = peft_format.without_base(
+            tensors, {name: module.base for name, module in self.adapted.items()}, self.file_keys()
+        )
+        tensors = peft_format.without_twins(tensors, self.copies) if self.besides.bias == "all" else tensors
         if not peft_format.stacks_by_output(config):
             return tensors
         names = {id(parameter): key for key, parameter in self.file_keys().items()}
@@ -218,16 +293,18 @@ class LoRAAdapter(WeightAdapter):
         """adapter_config.json as stock PEFT reads it."""
         modules = [p.name for p in self.projections if p.kind != "experts"]
         parameters = [p.name for p in self.projections if p.kind == "experts"]
+        others = [f"{name}.weight" for name in self.besides.parameters]
         stacks = [p.name for p in self.structure.projections if p.kind == "experts"]
         saved = Saved(
             rank=self.config.rank,
             alpha=self.config.alpha,
             rslora=self.config.rslora,
-            # PEFT refuses dropout beside stacked experts even to read the file; it plays no part after training.
-            dropout=0.0 if parameters else self.config.dropout,
+            # PEFT refuses dropout beside parameters even to read the file; it plays no part after training.
+            dropout=0.0 if parameters or others else self.config.dropout,
             target_modules=peft_format.shorten(modules, self.names),
-            target_parameters=peft_format.shorten(parameters, stacks, parts=2),
-            modules_to_save=list(self.copies),
+            target_parameters=[*peft_format.shorten(parameters, stacks, parts=2), *others],
+            modules_to_save=[name for name in self.copies if name not in self.biased],
+            besides=self.besides,
             rank_pattern={n: s.rank for n, s in self.sizes.items() if s.rank != self.config.rank},
             alpha_pattern={n: s.alpha for n, s in self.sizes.items() if s.alpha != self.config.alpha},
         )
@@ -252,7 +329,10 @@ def build(config: LoRAConfig, model: nn.Module, kind: type[LoRAAdapter] = LoRAAd
     saved = config.read(Path(config.path))
     plan, sizes = resolve_saved(saved, model, structure, Path(config.path))
     config = agreed(config, saved, model, structure, plan)
-    return kind(config, model, {name: Size(*size) for name, size in sizes.items()}, plan)
+    besides = replace(saved.besides, parameters=tuple(parameters_of(saved, model)))
+    sizes |= {f"{name}.weight": saved.size_of(f"{name}.weight") for name in besides.parameters}
+    more = {"besides": besides} if besides else {}
+    return kind(config, model, {name: Size(*size) for name, size in sizes.items()}, plan, **more)
 
 
 def agreed(

@@ -15,18 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finetune.adapters.adapted import FoldedWeight
-from finetune.adapters.mounting import SeenThrough
+from finetune.adapters.lookup import AdaptedLookup, is_scaled_lookup
 from finetune.errors import ConfigError
 
-PROBES = 8
-"""Tokens over which an embedding is compared with a lookup."""
 
-
-class LoRAEmbedding(SeenThrough, FoldedWeight):
+class LoRAEmbedding(AdaptedLookup, FoldedWeight):
     """A token embedding with a low-rank table beside it.
 
-    Some embeddings multiply what they look up by a number of their own (Gemma, XGLM, ...). The low-rank part is
-    multiplied alike, so that merging into the table gives the same: the number is found by looking up ones.
+    Where the embedding multiplies what it looks up, the low-rank part is multiplied alike, so that merging into the
+    table gives the same.
 
     Attributes:
         lora_embedding_A: A_RV, named as in PEFT.
@@ -35,16 +32,11 @@ class LoRAEmbedding(SeenThrough, FoldedWeight):
         dropout: share of what is looked up in A that is zeroed while training.
     """
 
-    base: nn.Embedding  # type: ignore[assignment]
-
     def __init__(self, base: nn.Embedding, *, rank: int, scaling: float, dropout: float) -> None:
-        nn.Module.__init__(self)
-        self.base, self.enabled = base, True  # type: ignore[assignment]
+        super().__init__(base)
         self.scaling, self.dropout = scaling, dropout
-        self.in_features, self.out_features = base.num_embeddings, base.embedding_dim
         self.lora_embedding_A = nn.Parameter(torch.zeros(rank, base.num_embeddings))
         self.lora_embedding_B = nn.Parameter(torch.empty(base.embedding_dim, rank).normal_())
-        self._factors: dict[torch.dtype, float] = {}
 
     def forward(self, ids_B: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The looked-up rows [B, H], in the dtype of the table; the base's own while disabled."""
@@ -55,12 +47,6 @@ class LoRAEmbedding(SeenThrough, FoldedWeight):
         a_BR = F.dropout(a_BR, self.dropout, self.training).to(rows_BH.dtype)
         factor = self.scaling * self.factor(rows_BH.dtype)
         return rows_BH + F.linear(a_BR, self.lora_embedding_B.to(rows_BH.dtype)) * factor
-
-    def factor(self, dtype: torch.dtype) -> float:
-        """What the embedding multiplies a looked-up row by; it may be rounded to the dtype of the table."""
-        if dtype not in self._factors:
-            self._factors[dtype] = looked_up_ones(self.base)
-        return self._factors[dtype]
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The table of the base as a weight, w_HV."""
@@ -77,40 +63,8 @@ def check_lookup(base: nn.Module, name: str) -> None:
     Raises:
         ConfigError: naming it.
     """
-    if not (isinstance(base, nn.Embedding) and is_scaled_lookup(base)):
+    if not is_scaled_lookup(base):
         raise ConfigError(
             f"adapter.targets names {name}, which is more than a lookup times a number, so it has no low-rank form:"
             f" leave it out, or train it whole by adapter.train_also=[{name.rpartition('.')[2]}]"
         )
-
-
-@torch.no_grad()
-def looked_up_ones(base: nn.Embedding) -> float:
-    """What an embedding gives for a row of ones."""
-    if base.weight.is_meta:
-        return 1.0
-    ones_VH = base.weight.new_ones(1, 1).expand_as(base.weight)
-    return float(_look_up(base, ones_VH, 1)[0, 0])
-
-
-@torch.no_grad()
-def is_scaled_lookup(base: nn.Embedding) -> bool:
-    """Whether an embedding gives the rows of its table times one number; True where there are no values to try."""
-    if base.max_norm is not None:
-        return False
-    if base.weight.is_meta:
-        return True
-    count = min(PROBES, base.num_embeddings)
-    found_NH, rows_NH = _look_up(base, base.weight, count), base.weight[:count]
-    if found_NH.shape != rows_NH.shape:
-        return False
-    wanted_NH = rows_NH.float() * looked_up_ones(base)
-    tolerance = 8 * torch.finfo(base.weight.dtype).eps
-    return torch.allclose(found_NH.float(), wanted_NH, rtol=tolerance, atol=tolerance * float(wanted_NH.abs().max()))
-
-
-def _look_up(base: nn.Embedding, weight_VH: Tensor, count: int) -> Tensor:
-    """The first rows of a table as the embedding gives them, without touching its own."""
-    ids_N = torch.arange(count, device=weight_VH.device)
-    found: Tensor = torch.func.functional_call(base, {"weight": weight_VH}, (ids_N,))
-    return found

@@ -6,7 +6,7 @@ Shape suffixes: B leading dimensions, O out features, I in features, R rank, E e
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -21,9 +21,12 @@ from finetune.quant.base import FrozenExperts, FrozenLinear
 class Factor(nn.Module):
     """One of the two low-rank matrices; not an `nn.Linear`, so that nothing takes it for a projection of the model."""
 
+    bias: nn.Parameter | None
+
     def __init__(self, rows: int, columns: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(rows, columns))
+        self.register_parameter("bias", None)
 
 
 class LoRALinear(AdaptedLinear):
@@ -34,13 +37,17 @@ class LoRALinear(AdaptedLinear):
         lora_B: weight B_OR.
         scaling: factor on the product.
         dropout: share of the input of A that is zeroed while training.
+        trained_bias: what takes the place of the base's bias; None where that stays. B may have one as well. Both are
+            PEFT's, and come with a saved adapter that has them.
     """
 
     over: ClassVar[bool] = True
+    trained_bias: nn.Parameter | None
 
     def __init__(self, base: FrozenLinear, *, rank: int, scaling: float, dropout: float) -> None:
         super().__init__(base)
         self.scaling = scaling
+        self.register_parameter("trained_bias", None)
         self.lora_A, self.lora_B = Factor(rank, base.in_features), Factor(base.out_features, rank)
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         self.dropout = dropout
@@ -53,6 +60,27 @@ class LoRALinear(AdaptedLinear):
     def factors(self) -> tuple[Tensor, Tensor]:
         """A_RI and B_OR as they multiply; a method that trains them in another form overrides this alone."""
         return self.lora_A.weight, self.lora_B.weight
+
+    def train_biases(self, own: bool, product: bool) -> None:
+        """Train the base's bias, where it has one, and a bias of B."""
+        if own and self.bias is not None:
+            self.trained_bias = nn.Parameter(self.bias.detach().to(torch.float32, copy=True))
+        if product:
+            self.lora_B.bias = nn.Parameter(torch.zeros(self.out_features))
+
+    def learnt_bias(self) -> Tensor | None:
+        """What all outputs are moved by: by what the bias has learnt, and by s times B's; None where neither trains."""
+        learnt_O = None if self.lora_B.bias is None else self.scaling * self.lora_B.bias
+        if self.trained_bias is None:
+            return learnt_O
+        moved_O = self.trained_bias - self.bias.to(self.trained_bias.dtype)  # type: ignore[union-attr]
+        return moved_O if learnt_O is None else moved_O + learnt_O
+
+    def forward(self, x_BI: Tensor) -> Tensor:
+        """y_BO: the base's own while disabled."""
+        y_BO = super().forward(x_BI)
+        learnt_O = self.learnt_bias() if self.enabled else None
+        return y_BO if learnt_O is None else y_BO + learnt_O.to(y_BO.dtype)
 
     def adapted(self, x_BI: Tensor) -> Tensor:
         """base(x) + s B A dropout(x), in the dtype of x."""
@@ -82,6 +110,14 @@ class LoRALinear(AdaptedLinear):
         """w_OI + s B A, in float32."""
         a_RI, b_OR = self.factors()
         return weight + self.scaling * (b_OR.float() @ a_RI.float())
+
+    def merged(self) -> Iterator[tuple[str, Tensor]]:
+        """The weight, and the bias where one trains."""
+        changed, learnt_O = dict(super().merged()), self.learnt_bias()
+        if learnt_O is not None:
+            bias_O = changed.get("bias", self.bias)
+            changed["bias"] = learnt_O.detach().float() + (0 if bias_O is None else bias_O.float())
+        yield from changed.items()
 
 
 class LoRAExperts(AdaptedExperts):

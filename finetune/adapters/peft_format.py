@@ -200,6 +200,47 @@ def check_tensors(directory: Path, expected: Mapping[str, Sequence[int]], found:
         raise ModelError(f"{path}: {broken[0]} holds values that are not finite; the adapter is broken")
 
 
+def without_base(
+    tensors: Mapping[str, Tensor], bases: Mapping[str, nn.Module], trained: Collection[str]
+) -> dict[str, Tensor]:
+    """The tensors of a file without the copies of the base that PEFT saves of an adapted embedding or head.
+
+    Args:
+        bases: the modules of the base that are adapted, by name.
+        trained: keys that are no copies: biases of the base that train.
+
+    Raises:
+        ModelError: where such a copy is of another base.
+    """
+    left = dict(tensors)
+    for name, base in bases.items():
+        for leaf in ("weight", "bias"):
+            key = f"{PREFIX}{name}.base_layer.{leaf}"
+            stored = getattr(base, leaf, None)
+            copied = None if key in trained else left.pop(key, None)
+            if copied is None or not (isinstance(stored, Tensor) and stored.is_floating_point()):
+                continue
+            mine = stored.detach().cpu()
+            narrow = min((mine.dtype, copied.dtype), key=lambda dtype: dtype.itemsize)
+            if mine.shape != copied.shape or not torch.equal(mine.to(narrow), copied.to(narrow)):
+                raise ModelError(
+                    f"the adapter brings {key} ({tuple(copied.shape)}), a copy of its base's {name}, and this base has"
+                    f" other values ({tuple(mine.shape)}): load the base it was trained on"
+                )
+    return left
+
+
+def without_twins(tensors: dict[str, Tensor], whole: Iterable[str]) -> dict[str, Tensor]:
+    """The tensors of a file without what PEFT saves of modules trained whole where it saves every bias: their biases
+    before training, and once more after it.
+
+    Args:
+        whole: their names.
+    """
+    twins = tuple(f"{PREFIX}{name}.{part}." for name in whole for part in ("original_module", "modules_to_save"))
+    return {key: tensor for key, tensor in tensors.items() if not (twins and key.startswith(twins))}
+
+
 def torn(directory: Path, first: str, second: str) -> ModelError:
     """The error for two keys of one tied tensor that differ."""
     return ModelError(
@@ -244,7 +285,7 @@ def targeted(name: str, targets: str | Sequence[str] | None, patterns: Mapping[s
     Args:
         name: dotted name of a module.
         targets: `target_modules`: a regular expression, or endings.
-        patterns: the whole adapter_config.json, for what it excludes.
+        patterns: the whole adapter_config.json, for what it excludes and the layers that it keeps to.
     """
     excluded = patterns.get("exclude_modules")
     if isinstance(excluded, str) and re.fullmatch(excluded, name):
@@ -255,7 +296,19 @@ def targeted(name: str, targets: str | Sequence[str] | None, patterns: Mapping[s
         return False
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
-    return ends(name, targets)
+    # A module that is named in full is adapted whatever its layer.
+    return name in (targets or ()) or (ends(name, targets) and _in_layers(name, patterns))
+
+
+def _in_layers(name: str, patterns: Mapping[str, Any]) -> bool:
+    """Whether a name is of the layers that `layers_to_transform` counts, in the lists that `layers_pattern` names."""
+    layers, lists = patterns.get("layers_to_transform"), patterns.get("layers_pattern")
+    if layers is None or layers == []:
+        return True
+    lists = [lists] if isinstance(lists, str) else lists
+    tried = [rf"(?:^|.*?\.){one}\.(\d+)\." for one in lists] if lists and lists != [""] else [r".*?\.[^.]*\.(\d+)\."]
+    found = next((match for pattern in tried if (match := re.match(pattern, name))), None)
+    return found is not None and int(found[1]) in ([layers] if isinstance(layers, int) else layers)
 
 
 def ends(name: str, endings: Sequence[str] | None) -> bool:

@@ -8,25 +8,25 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from finetune.adapters import peft_format
+from finetune.adapters.lora_besides import NOTHING, Besides
 from finetune.adapters.targets import ALL_LINEAR
 from finetune.errors import ModelError
-from finetune.structure import Projection, Structure, embedding_projection, head_projection
+from finetune.structure import Projection, Structure, embedding_projection, head_projection, other_projections
 
 UNDERSTOOD = frozenset({
     "peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "target_parameters", "modules_to_save",
-    "rank_pattern", "alpha_pattern", "exclude_modules", "layers_to_transform", "layers_pattern", "use_dora",
+    "rank_pattern", "alpha_pattern", "exclude_modules", "layers_to_transform", "layers_pattern", "use_dora", "bias",
+    "lora_bias", "trainable_token_indices",
 })  # fmt: skip
-"""Keys that decide what the adapter computes, and that we read. The list of blocks that `layers_to_transform` counts in
-is ours to find: where `layers_pattern` meant another, the file holds tensors of other modules, which is refused."""
+"""Keys that decide what the adapter computes, and that we read."""
 
 HARMLESS = frozenset({
     "task_type", "inference_mode", "auto_mapping", "base_model_name_or_path", "revision", "peft_version",
@@ -54,6 +54,7 @@ class Saved:
     modules_to_save: Sequence[str] = ()
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    besides: Besides = NOTHING
     settings: dict[str, Any] = field(default_factory=dict)
 
     def size_of(self, name: str) -> tuple[int, float]:
@@ -80,7 +81,7 @@ class Saved:
             "lora_dropout": self.dropout,
             "use_rslora": self.rslora,
             "use_dora": self.dora,
-            "bias": "none",
+            **self.besides.to_peft(),
             "fan_in_fan_out": fan_in_fan_out,
             "target_modules": list(self.target_modules),
             "target_parameters": list(self.target_parameters) or None,
@@ -128,6 +129,7 @@ def parse_saved(config: dict[str, Any], path: Path, dora: bool = False) -> Saved
         modules_to_save=config.get("modules_to_save") or (),
         rank_pattern=config.get("rank_pattern") or {},
         alpha_pattern=config.get("alpha_pattern") or {},
+        besides=Besides.read(config, path),
         settings=config,
     )
 
@@ -140,6 +142,9 @@ def _check_types(config: dict[str, Any], path: Path) -> None:
 
     def pattern(value: Any) -> bool:
         return names(value) or (isinstance(value, str) and _compiles(value))
+
+    def lists(value: Any) -> bool:
+        return pattern(value) and all(_compiles(one) for one in ([value] if isinstance(value, str) else value or []))
 
     def number(value: Any) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool) and value > 0 and math.isfinite(value)
@@ -162,6 +167,7 @@ def _check_types(config: dict[str, Any], path: Path) -> None:
         "target_parameters": (names, "a list of names"),
         "modules_to_save": (names, "a list of names"),
         "layers_to_transform": (layers, "layer numbers"),
+        "layers_pattern": (lists, "a list of names or a regular expression"),
         "rank_pattern": (lambda value: by_name(value, rank), "ranks by name"),
         "alpha_pattern": (lambda value: by_name(value, number), "numbers by name"),
     }
@@ -182,13 +188,13 @@ def _refuse_unknown(config: dict[str, Any], path: Path) -> None:
     start = config.get("init_lora_weights")
     if isinstance(start, str | bool) and start not in INITIALISATIONS:
         raise ModelError(
-            f"{path} sets init_lora_weights={start!r}, which changes the base as well: save it from PEFT with"
-            f" path_initial_model_for_weight_conversion, as a plain LoRA"
+            f"{path} sets init_lora_weights={start!r}, which changes the base as well, or how PEFT computes: save it"
+            f" from PEFT with path_initial_model_for_weight_conversion, as a plain LoRA"
         )
     for key, value in sorted(config.items()):
         if key in UNDERSTOOD or key in HARMLESS or key == "init_lora_weights":
             continue
-        if value not in (None, False, "none", [], {}, 0):
+        if value not in (None, False, [], {}, 0):
             raise ModelError(f"{path} sets {key}={value!r}, which finetune does not compute: expected a plain LoRA")
 
 
@@ -202,6 +208,8 @@ def resolve_saved(
     """
     outside = (embedding_projection(model, structure), head_projection(model, structure))
     every = [p for p in (outside[0], *structure.projections, outside[1]) if p is not None]
+    if saved.target_modules != ALL_LINEAR:
+        every += other_projections(model, structure)
     plan = [p for p in every if _adapts(saved, p, outside)]
     if not plan and not saved.modules_to_save:
         names = list(saved.target_modules) if not isinstance(saved.target_modules, str) else [saved.target_modules]
@@ -212,39 +220,12 @@ def resolve_saved(
     return plan, {p.name: saved.size_of(p.name) for p in plan}
 
 
-def without_base(tensors: dict[str, Tensor], bases: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """The tensors of a file without the copies of the base that PEFT saves of an adapted embedding or head.
-
-    Args:
-        bases: the modules of the base that are adapted, by name.
-
-    Raises:
-        ModelError: where such a copy is of another base.
-    """
-    left = dict(tensors)
-    for name, base in bases.items():
-        key = f"{peft_format.PREFIX}{name}.base_layer.weight"
-        copied, stored = left.pop(key, None), getattr(base, "weight", None)
-        if copied is None or not (isinstance(stored, Tensor) and stored.is_floating_point()):
-            continue
-        mine = stored.detach().cpu()
-        narrow = min((mine.dtype, copied.dtype), key=lambda dtype: dtype.itemsize)
-        if mine.shape != copied.shape or not torch.equal(mine.to(narrow), copied.to(narrow)):
-            raise ModelError(
-                f"the adapter brings {key} ({tuple(copied.shape)}), a copy of its base's {name}, and this base has"
-                f" other values ({tuple(mine.shape)}): load the base it was trained on"
-            )
-    return left
-
-
 def _adapts(saved: Saved, projection: Projection, outside: tuple[Projection | None, ...]) -> bool:
     if projection.kind == "experts":
         return peft_format.ends(projection.name, saved.target_parameters)
-    layers = saved.settings.get("layers_to_transform")
-    if layers is not None and projection.block not in (
-        [layers] if isinstance(layers, int) else layers or [projection.block]
-    ):
-        return False
+    # PEFT lays the factors of a parameter out as it lies in memory; a transposed one's are others than ours.
+    if projection.kind == "linear" and peft_format.ends(f"{projection.name}.weight", saved.target_parameters):
+        return True
     if saved.target_modules == ALL_LINEAR:
         return projection not in outside
     return peft_format.targeted(projection.name, saved.target_modules, saved.settings)

@@ -43,6 +43,7 @@ class QALoRAConfig(LoRAConfig):
     """LoRA's settings, on bases that are stored in groups. The token embedding has no form here."""
 
     embeds: ClassVar[bool] = False
+    trains_besides: ClassVar[bool] = False
 
     name: str = "qa_lora"
 

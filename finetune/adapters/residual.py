@@ -47,6 +47,7 @@ class ResidualConfig(LoRAConfig):
     """
 
     embeds: ClassVar[bool] = False
+    trains_besides: ClassVar[bool] = False
     fewest: ClassVar[int] = 1
 
     iterations: int = 1

@@ -91,7 +91,8 @@ class WeightAdapter(AttachedAdapter):
         self.copies = build_copies(model, self.structure, whole, dtype)
         self.copies |= {n: FullCopy(model.get_submodule(n), dtype, leaves) for n, leaves in parts.items()}
         self.adapted = {p.name: self._wrapped(p, dtype) for p in self.projections}
-        self.adapted |= {name: self._trained(module, dtype) for name, module in self.further().items()}
+        self.followed = {name: self._trained(module, dtype) for name, module in self.further().items()}
+        self.adapted |= self.followed
         self.mount()
         self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
@@ -184,6 +185,8 @@ class WeightAdapter(AttachedAdapter):
                 else:
                     turned = projection.transposed and leaf == "weight"
                     yield f"{projection.name}.{leaf}", tensor.T.contiguous() if turned else tensor
+        for name, module in self.followed.items():
+            yield from ((f"{name}.{leaf}", tensor) for leaf, tensor in module.merged())
         for name, whole in self.copies.items():
             for leaf, parameter in whole.trains():
                 yield f"{name}.{leaf}", parameter.detach().to(torch.float32, copy=True)

@@ -39,6 +39,11 @@ class Saved:
         return self.config.get("peft_type") == "LORA"
 
     @property
+    def has_biases(self) -> bool:
+        """Whether biases train, of the base or of B."""
+        return (self.config.get("bias") or "none") != "none" or bool(self.config.get("lora_bias"))
+
+    @property
     def rank(self) -> int:
         """The largest of any module; 0 where it has none."""
         return max([int(self.config.get("r") or 0), *(self.config.get("rank_pattern") or {}).values()])
@@ -95,6 +100,22 @@ RULES = (
         "modules trained whole (modules_to_save: heads, embeddings)",
         lambda saved: saved.is_lora and bool(saved.config.get("modules_to_save")),
         "vllm/lora/peft_helper.py `_validate_features`, vllm#9280; llama.cpp#11554",
+    ),
+    Rule(
+        BOTH,
+        REFUSED,
+        "biases that train (bias, lora_bias)",
+        lambda saved: saved.is_lora and saved.has_biases,
+        "vllm/lora/peft_helper.py `validate_legal`: 'Adapter bias is not supported'; lora_model.py `from_lora_tensors`;"
+        " llama.cpp: 'Not a lora_A or lora_B tensor'",
+    ),
+    Rule(
+        BOTH,
+        REFUSED,
+        "rows of the token embedding that train (trainable_token_indices)",
+        lambda saved: saved.is_lora and bool(saved.config.get("trainable_token_indices")),
+        "vllm/lora/lora_model.py `from_lora_tensors` reads lora_A and lora_B alone; llama.cpp: 'Not a lora_A or lora_B"
+        " tensor'",
     ),
     Rule(
         (LLAMA_CPP,),

@@ -116,15 +116,16 @@ SETTINGS = {
     "lora bias": {"lora_bias": True},
     "tokens": {"trainable_token_indices": [1, 2]},
     "tokens, by name": {"trainable_token_indices": {"embed_tokens": [1]}},
+    "activated": {"alora_invocation_tokens": [3, 4]},
     "replicated": {"layer_replication": [[0, 2], [1, 2]]},
     "pissa": {"init_lora_weights": "pissa"},
     "orthogonal": {"init_lora_weights": "orthogonal"},
 }
 REFUSED = {
-    "biases, all": "bias='all'", "biases, lora's": "bias='lora_only'",
-    "lora bias": "lora_bias=True", "tokens": "trainable_token_indices=", "tokens, by name": "trainable_token_indices=",
-    "replicated": "layer_replication=", "pissa": "init_lora_weights='pissa'",
-}  # fmt: skip
+    "activated": "alora_invocation_tokens=",
+    "replicated": "layer_replication=",
+    "pissa": "init_lora_weights='pissa'",
+}
 
 
 @pytest.mark.parametrize("case", SETTINGS)
@@ -139,13 +140,6 @@ def test_every_setting_is_honoured_or_refused_by_name(case: str, tmp_path: Path)
         return
     attach(ours, LoRAConfig(path=str(tmp_path)))
     assert (logits(ours) - logits(model)).abs().max() <= BAR
-
-
-def test_lora_outside_the_blocks_is_refused_by_its_keys(tmp_path: Path) -> None:
-    """PEFT's all-linear takes the pooler of an encoder along, which is no projection of a block."""
-    theirs("bert", peft.LoraConfig(task_type="SEQ_CLS", target_modules="all-linear", r=4), tmp_path)
-    with pytest.raises(ModelError, match=r"bert\.pooler\.dense\.lora_A\.weight is unexpected"):
-        attach(frozen("bert"), LoRAConfig(path=str(tmp_path)))
 
 
 def fault(directory: Path, kind: str) -> None:

@@ -38,6 +38,8 @@ def test_a_rank_above_vllms_default_names_the_flag() -> None:
 REFUSED = {
     "magnitudes (DoRA)": {"use_dora": True},
     "modules trained whole (modules_to_save: heads, embeddings)": {"modules_to_save": ["score"]},
+    "biases that train (bias, lora_bias)": {"lora_bias": True},
+    "rows of the token embedding that train (trainable_token_indices)": {"trainable_token_indices": [3]},
     "something else than LoRA's factors, and LoRA is all they read": {"peft_type": "IA3"},
 }
 
