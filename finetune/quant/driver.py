@@ -23,7 +23,7 @@ from finetune.quant.layer import Layer
 from finetune.quant.packed import PackedWeight
 from finetune.quant.pruners.apply import prune
 from finetune.quant.pruners.base import Pruner
-from finetune.quant.replay import Batch, Calls, inputs_of, reading_alike, watching
+from finetune.quant.replay import Batch, Calls, Enough, inputs_of, reading_alike, watching
 from finetune.quant.resident import Resident, lay_out
 from finetune.quant.rounders.base import Rounder, apply
 from finetune.quant.rounders.rtn import RTN
@@ -138,29 +138,32 @@ class Driver:
         if self.transform is not None and projections:
             self.transform.block(self, projections, forward)
         by_name = {p.name: p for p in projections}
-        groups = [
-            [by_name[n] for n in names] for names in reading_alike(self.model, projections, lambda: next(forward()))
-        ]
-        grouped = {p.name for group in groups for p in group}
-        for group in groups:
-            self._group(group, group[:1] if group[0].kind != "experts" else group, forward)
+        groups = reading_alike(self.model, projections, lambda: next(forward()))
+        for names, once in groups:
+            group = [by_name[name] for name in names]
+            stacked = group[0].kind == "experts"
+            self._group(group, group if stacked else group[:1], forward, once and not stacked)
         # Not used in the first batch, as experts may be: what each of them reads is its own.
+        grouped = {name for names, _ in groups for name in names}
         rest = [p for p in projections if p.name not in grouped]
         if rest:
-            self._group(rest, rest, forward)
+            self._group(rest, rest, forward, False)
 
     def _group(
-        self, group: list[Projection], watched: list[Projection], forward: Callable[[], Iterator[Tensor]]
+        self, group: list[Projection], watched: list[Projection], forward: Callable[[], Iterator[Tensor]], once: bool
     ) -> None:
         """Gather the inputs of a group over all batches, and quantize it.
 
         Args:
             watched: all of it, or one whose inputs are those of all.
+            once: one is watched, and each run of the block uses it once: what comes after it need not be run.
         """
         seen: dict[tuple[str, int], Gram] = {}
 
         def saw(name: str, expert: int, x: Tensor) -> None:
             seen.setdefault((name, expert), Gram()).add(x)
+            if once:
+                raise Enough
 
         with watching(self.model, watched, saw):
             for _ in forward():

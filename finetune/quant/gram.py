@@ -8,22 +8,34 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+PANEL = 256
+"""Columns whose products with themselves and all later ones are summed at a time: the matrix is symmetric."""
+
 
 class Gram:
     """Sums x x^T over inputs in float32, whatever their dtype.
 
     Attributes:
         samples: how many inputs were seen.
-        matrix_II: the sum; None before the first.
         limit: magnitude that the inputs are to be represented up to, a float32 scalar; the largest one as long as none
             is searched. None before the first input.
     """
 
     def __init__(self) -> None:
         self.samples = 0
-        self.matrix_II: Tensor | None = None
         self.limit: Tensor | None = None
         self._largest: list[Tensor] = []
+        self._sum_II: Tensor | None = None
+        self._mirrored = True
+
+    @property
+    def matrix_II(self) -> Tensor | None:
+        """The sum; None before the first. No copy: what is taken in later is added to it."""
+        if not self._mirrored and self._sum_II is not None:
+            for start in range(PANEL, len(self._sum_II), PANEL):
+                self._sum_II[start : start + PANEL, :start] = self._sum_II[:start, start : start + PANEL].T
+            self._mirrored = True
+        return self._sum_II
 
     def add(self, x: Tensor) -> None:
         """Take some inputs in, [.., I]."""
@@ -34,10 +46,13 @@ class Gram:
         self._largest.append(torch.maximum(x_NI.amax(1), -x_NI.amin(1)))
         largest = self._largest[-1].amax()
         self.limit = largest if self.limit is None else torch.maximum(self.limit, largest)
-        if self.matrix_II is None:
-            self.matrix_II = x_NI.T @ x_NI
-        else:
-            self.matrix_II.addmm_(x_NI.T, x_NI)
+        width = x_NI.shape[1]
+        if self._sum_II is None:
+            self._sum_II = x_NI.new_zeros(width, width)
+        for start in range(0, width, PANEL):
+            panel_NC = x_NI[:, start : start + PANEL]
+            self._sum_II[start : start + PANEL, start:].addmm_(panel_NC.T, x_NI[:, start:])
+        self._mirrored = False
 
     def largest_N(self) -> Tensor:
         """The largest magnitude of each input, float32."""

@@ -10,10 +10,11 @@ Shape suffixes: I in features.
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,10 @@ Saw = Callable[[str, int, Tensor], None]
 """`saw(projection, expert, x)`: what a projection, or one expert of it, multiplied just now."""
 PRODUCTS = (F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
 """How experts multiply: the input from the left, the weight of one expert from the right."""
+
+
+class Enough(Exception):
+    """Raised by who is told what projections read: the rest of this run of a block is not wanted."""
 
 
 class Sink(Protocol):
@@ -99,12 +104,15 @@ def inputs_of(model: nn.Module, block: str, batches: Sequence[Batch]) -> Sink:
 
 
 def run(block: nn.Module, hidden: Tensor, call: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:
-    """What a block makes of hidden states, called as the model calls it."""
+    """What a block makes of hidden states, called as the model calls it; the hidden states where it was enough."""
     rest, named = call
-    if "" in named:  # handed over by name
-        name = named[""]
-        return hidden_of(block(*rest, **{k: v for k, v in named.items() if k}, **{name: hidden}))
-    return hidden_of(block(hidden, *rest, **named))
+    try:
+        if "" in named:  # handed over by name
+            name = named[""]
+            return hidden_of(block(*rest, **{k: v for k, v in named.items() if k}, **{name: hidden}))
+        return hidden_of(block(hidden, *rest, **named))
+    except Enough:
+        return hidden
 
 
 def hidden_of(output: Any) -> Tensor:
@@ -168,8 +176,20 @@ def watching(model: nn.Module, projections: Sequence[Projection], saw: Saw) -> I
             handle.remove()
 
 
-def reading_alike(model: nn.Module, projections: Sequence[Projection], go: Callable[[], object]) -> list[list[str]]:
-    """Names of projections that read one and the same tensor, in the order in which these are first read.
+class Readers(NamedTuple):
+    """Projections that read one and the same tensor.
+
+    Attributes:
+        names: of them.
+        once: whether a run of the block uses each of them once.
+    """
+
+    names: list[str]
+    once: bool
+
+
+def reading_alike(model: nn.Module, projections: Sequence[Projection], go: Callable[[], object]) -> list[Readers]:
+    """Which projections read one and the same tensor, in the order in which these are first read.
 
     GPTQ calls this true-sequential: queries, keys and values, then what reads the attention's output, and so on. The
     projections of experts read rows of their own, so each stack is alone. Those that were not used are in no group.
@@ -179,10 +199,12 @@ def reading_alike(model: nn.Module, projections: Sequence[Projection], go: Calla
     """
     held: list[Tensor] = []  # keeps memory from being used twice, by which two tensors would look like one
     groups: dict[Any, list[str]] = {}
+    times: Counter[str] = Counter()
     stacked = {p.name for p in projections if p.kind == "experts"}
 
     def saw(name: str, _expert: int, x: Tensor) -> None:
         held.append(x)
+        times[name] += 1
         key = name if name in stacked else (x.data_ptr(), tuple(x.shape), x.stride())
         members = groups.setdefault(key, [])
         if not any(name in group for group in groups.values()):
@@ -190,4 +212,4 @@ def reading_alike(model: nn.Module, projections: Sequence[Projection], go: Calla
 
     with watching(model, projections, saw):
         go()
-    return [group for group in groups.values() if group]
+    return [Readers(names, all(times[name] == 1 for name in names)) for names in groups.values() if names]

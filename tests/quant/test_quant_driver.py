@@ -21,16 +21,19 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from finetune.quant.affine import Int2Config, Int3Config
+from finetune.quant import driver
+from finetune.quant.affine import Int2Config, Int3Config, Int4Config
 from finetune.quant.base import FrozenWeight, QuantConfig
 from finetune.quant.dense import DenseConfig, DenseLinear
 from finetune.quant.driver import Driver
 from finetune.quant.freeze import freeze
+from finetune.quant.gram import Gram
 from finetune.quant.nf4 import NF4Config
 from finetune.quant.replay import reading_alike, record, run
 from finetune.quant.rounders.gptq import GPTQ
 from finetune.quant.rounders.rtn import RTN
 from finetune.structure import inspect
+from finetune.structure.base import Projection
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96,
@@ -124,7 +127,54 @@ def test_projections_are_grouped_by_what_they_read(family: str) -> None:
     block = model.get_submodule(structure.blocks[0])
     projections = [p for p in structure.projections if p.block == 0]
     found = reading_alike(model, projections, lambda: run(block, calls.hidden[0], calls.arguments[0][0]))
-    assert [{name.rpartition(".")[2] for name in group} for group in found] == GROUPS[family]
+    assert [{name.rpartition(".")[2] for name in group.names} for group in found] == GROUPS[family]
+    assert all(group.once for group in found) == (family != "mixtral")
+
+
+def test_a_block_is_run_as_far_as_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What reads the attention's output does not wait for the rest; the same bits come out."""
+    states, batches, used = [], batches_of(4, 8), []
+    for enough in (True, False):
+        if not enough:
+            monkeypatch.setattr(
+                driver, "reading_alike", lambda *args: [r._replace(once=False) for r in reading_alike(*args)]
+            )
+        model = model_of("llama")
+        name = f"{inspect(model).blocks[0]}.mlp.act_fn"
+        times: list[int] = []
+        model.get_submodule(name).register_forward_hook(lambda *_, times=times: times.append(1))
+        Driver(model, inspect(model), Int4Config(group_size=32), GPTQ(), batches).go()
+        used.append(len(times))
+        states.append(model.state_dict())
+    assert used[0] == used[1] - 3 * len(batches)  # of the four groups, one needs it
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[1])
+
+
+def test_a_projection_that_is_used_twice_is_seen_to_be() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(self.linear(x))
+
+    model = Twice()
+    projections = [Projection("linear", "linear", 4, 4)]
+    (found,) = reading_alike(model, projections, lambda: model(torch.ones(2, 4)))
+    assert found.names == ["linear"] and not found.once
+
+
+@pytest.mark.parametrize("width", [5, 256, 700])
+def test_the_second_moment_is_summed_in_panels(width: int) -> None:
+    parts = torch.randn(3, 2, 20, width, generator=torch.Generator().manual_seed(0)).unbind()
+    seen = Gram()
+    for number, part in enumerate(parts, 1):
+        seen.add(part)
+        x_NI = torch.cat(parts[:number]).view(-1, width).double()
+        assert seen.matrix_II is not None and torch.equal(seen.matrix_II, seen.matrix_II.T)
+        torch.testing.assert_close(seen.matrix_II.double(), x_NI.T @ x_NI, rtol=1e-4, atol=1e-4)
+    assert seen.samples == 120
 
 
 @pytest.mark.parametrize("config", [Int3Config(group_size=32), NF4Config(block_size=32)], ids=lambda c: c.name)

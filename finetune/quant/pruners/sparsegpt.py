@@ -36,8 +36,8 @@ from finetune.quant.rounders.gptq import COLUMNS, alive, inverse_factor, sweep
 from finetune.quant.rounders.zeros import MaskedGrid
 
 BESIDE = ("rtn", "gptq")
-"""Rounders that it stands in for. Of the second, `calibrator.mse` is honoured; columns are taken in order, and groups are
-fixed beforehand."""
+"""Rounders that it stands in for. Of the second, `calibrator.mse` is honoured; columns are taken in order, and groups
+are fixed beforehand."""
 
 
 @dataclass
