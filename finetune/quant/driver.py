@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from finetune.quant.layer import Layer
 from finetune.quant.packed import PackedWeight
 from finetune.quant.pruners.apply import prune
 from finetune.quant.pruners.base import Pruner
+from finetune.quant.pruners.cut import Cut
 from finetune.quant.replay import Batch, Calls, Enough, inputs_of, reading_alike, watching
 from finetune.quant.resident import Resident, lay_out
 from finetune.quant.rounders.base import Rounder, apply
@@ -54,6 +56,8 @@ class Driver:
         resident: brings the blocks into memory, and knows what an earlier run has finished; by default the whole model
             is in memory.
         distiller: trains each block once it is quantized; needs `batches`.
+        cut: makes each block smaller before anything else is done to it; needs `batches`. `structure` is the large
+            model's. Dense storage without a pruner then leaves what is left as it is.
 
     Raises:
         ConfigError: where the head is to be quantized but shares its weight with the embeddings.
@@ -72,11 +76,13 @@ class Driver:
         pruner: Pruner | None = None,
         resident: Resident | None = None,
         distiller: Distiller | None = None,
+        cut: Cut | None = None,
     ) -> None:
         self.model, self.structure, self.quant, self.rounder = model, structure, quant, rounder
         self.batches, self.progress, self.prepare, self.transform = batches, progress, prepare, transform
         self.pruner, self.resident, self.distiller = pruner, resident or Resident(), distiller
-        self.todo = [p for p in structure.projections if not p.dense]
+        self.cut = cut
+        self.todo = self._todo(structure if cut is None else cut.structure)
         self.heads = list(head_of(model, quant, structure))
         for p in self.todo:
             rounder.check_layer(p.name, p.out_features * p.experts, p.in_features)
@@ -90,6 +96,8 @@ class Driver:
             ModelError: when a weight is not finite.
         """
         self.resident.begin(self.model, self.structure)
+        if self.cut is not None:
+            self._begin_cut(self.cut)
         before = {layer.name for layer in self.layers}
         for p in self.todo:
             if p.name in before:
@@ -110,6 +118,19 @@ class Driver:
         order = [p.name for p in (*self.todo, *self.heads)]
         return sorted(self.layers, key=lambda layer: order.index(layer.name))
 
+    def _todo(self, structure: Structure) -> list[Projection]:
+        """The projections that are to be stored anew."""
+        as_it_is = isinstance(self.quant, DenseConfig) and self.pruner is None
+        return [p for p in structure.projections if not p.dense and not as_it_is]
+
+    def _begin_cut(self, cut: Cut) -> None:
+        """Have it decided what goes, and what an earlier run has finished be of the size that it left."""
+        cut.begin(self)
+        self.structure = cut.structure
+        self.todo = self._todo(cut.structure)
+        for name in self.structure.stacks[0].blocks[: self.resident.finished]:
+            cut.lay_out(self.model, name)
+
     def _stack(self, blocks: Sequence[str]) -> None:
         """All blocks of a stack, in order."""
         calls = self.resident.calls(self.model, blocks, self.batches) if self.batches else Calls()
@@ -123,8 +144,12 @@ class Driver:
                     calls.hidden = inputs_of(self.model, name, self.batches)
                 forward = calls.forward(number, self.model.get_submodule(name))
                 targets = self.resident.keep(TARGETS, number, forward()) if self.distiller is not None else []
-                self._block(projections, forward)
-                if self.distiller is not None:
+                if self.cut is not None:
+                    self.cut.block(self, name, partial(calls.run, number))
+                    forward = calls.forward(number, self.model.get_submodule(name))
+                if projections:
+                    self._block(projections, forward)
+                if self.distiller is not None and projections:
                     self.distiller.block(self.model, name, forward, targets)
                 calls.hidden = self.resident.keep(CALIBRATION, number + 1, forward())
                 calls.arguments[number] = []  # nothing needs them any more

@@ -65,6 +65,10 @@ class Calls:
         hidden, arguments = self.hidden, self.arguments[number]
         return lambda: (run(block, x, call) for x, call in zip(hidden, arguments, strict=True))
 
+    def run(self, number: int, block: nn.Module) -> Iterator[Tensor]:
+        """Run a block, or what takes its place, once over the hidden states at hand."""
+        return self.forward(number, block)()
+
 
 @torch.no_grad()
 def record(model: nn.Module, blocks: Sequence[str], batches: Sequence[Batch]) -> Calls:

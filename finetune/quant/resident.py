@@ -12,7 +12,7 @@ from finetune.quant.dense import DenseConfig, DenseExperts, DenseLinear
 from finetune.quant.freeze import empty_frozen, freeze
 from finetune.quant.layer import Layer
 from finetune.quant.packed import PackedWeight
-from finetune.quant.replay import Batch, Calls, Sink, record
+from finetune.quant.replay import Batch, Calls, Sink, inputs_of, record
 from finetune.structure.base import Projection, Structure
 
 
@@ -36,6 +36,21 @@ class Resident:
         """How a stack calls its blocks; `hidden` is what goes into the first one that is not finished."""
         return record(model, blocks, batches)
 
+    def survey(
+        self, model: nn.Module, blocks: Sequence[str], batches: Sequence[Batch]
+    ) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
+        """Go through the blocks of the model as it is: for each, what goes in and what comes out, batch by batch.
+
+        Each block's pairs are to be taken before the next block is asked for.
+        """
+        calls = record(model, blocks, batches)
+        for number, name in enumerate(blocks):
+            if not calls.chained[number]:
+                calls.hidden = inputs_of(model, name, batches)
+            after: list[Tensor] = []
+            yield pairs(calls, number, model.get_submodule(name), after)
+            calls.hidden = after
+
     def enter(self, number: int, block: str) -> None:
         """Have a block in memory, in its place in the model, dense."""
 
@@ -50,6 +65,14 @@ class Resident:
 
     def leave(self, number: int, block: str, layers: Sequence[Layer]) -> None:
         """A block is quantized, and its output known; nothing asks for it again."""
+
+
+@torch.no_grad()
+def pairs(calls: Calls, number: int, block: nn.Module, after: Sink) -> Iterator[tuple[Tensor, Tensor]]:
+    """What goes into a block and what comes out, batch by batch; what comes out is kept."""
+    for before, output in zip(calls.hidden, calls.forward(number, block)(), strict=True):
+        after.append(output)
+        yield before, output
 
 
 def lay_out(model: nn.Module, quant: QuantConfig, p: Projection, prepare: Callable[[PackedWeight], None]) -> None:

@@ -99,7 +99,8 @@ class QuantizeConfig:
             raise ConfigError(f"device is {self.device!r}: expected auto, cpu, cuda, cuda:N, mps or xpu")
         if not self.max_shard_gb > 0:
             raise ConfigError(f"max_shard_gb is {self.max_shard_gb}: expected more than 0")
-        if isinstance(self.quant, KeepConfig) or (isinstance(self.quant, DenseConfig) and not self.pruner.prunes):
+        prunes = self.pruner.prunes or self.pruner.cuts
+        if isinstance(self.quant, KeepConfig) or (isinstance(self.quant, DenseConfig) and not prunes):
             raise ConfigError(f"quant={self.quant.name} stores nothing in fewer bits: expected nf4, int4, int8, ...")
         if not self.quant.rounds:
             self._check_exact()
@@ -114,9 +115,8 @@ class QuantizeConfig:
                 f"calibrator={self.calibrator.name} looks at inputs: set data.calibration=FILE, or calibrator=rtn"
             )
         if self.pruner.needs_inputs and self.data.calibration is None:
-            raise ConfigError(
-                f"pruner={self.pruner.name} looks at inputs: set data.calibration=FILE, or pruner=magnitude"
-            )
+            other = "" if self.pruner.cuts else ", or pruner=magnitude"
+            raise ConfigError(f"pruner={self.pruner.name} looks at inputs: set data.calibration=FILE{other}")
         if self.transform.needs_inputs and self.data.calibration is None:
             raise ConfigError(
                 f"transform={self.transform.name} looks at inputs: set data.calibration=FILE, or transform=none"

@@ -23,6 +23,8 @@ from finetune.model.pretrained import read_config
 from finetune.model.streaming import fixed_thresholds
 from finetune.quant.dense import DenseConfig
 from finetune.quant.distill import Distilled, Distiller
+from finetune.quant.pruners.cut import Cut
+from finetune.quant.pruners.cut import Summary as CutSummary
 from finetune.quant.replay import Batch
 from finetune.quant.resident import Resident
 from finetune.quant.standins import ANSWERS, Answer, answer_of
@@ -124,13 +126,14 @@ def opened(
     in_public: Callable[[Structure], bool],
     transform: Transform | None,
     distiller: Distiller | None,
+    cut: Cut | None = None,
 ) -> Iterator[Opened]:
     """The model for the time that it is worked on; what a run leaves behind that does not end is for the next one.
 
     Args:
         target: the output.
         in_public: as in `write`, of a structure.
-        transform, distiller: what they have to say of finished blocks is kept with them.
+        transform, distiller, cut: what they have to say of finished blocks is kept with them.
 
     Raises:
         ModelError: for anything about the checkpoint that the user can mend.
@@ -155,12 +158,15 @@ def opened(
                 transform.summary = Summary(**state.summary["transform"])
             if distiller is not None:
                 distiller.done = [Distilled(**each) for each in state.summary["distill"]]
+            if cut is not None:
+                cut.summary = CutSummary(**state.summary["cut"])
             print(f"going on after {state.finished} of {len(structure.blocks)} blocks ({state.path})", flush=True)
 
         def said() -> dict[str, Any]:
             return {
                 "transform": {} if transform is None else asdict(transform.summary),
                 "distill": [] if distiller is None else [asdict(each) for each in distiller.done],
+                "cut": {} if cut is None else asdict(cut.summary),
             }
 
         resident = OneBlock(reader, structure, state, answer, rows, measure, in_public(structure), said)

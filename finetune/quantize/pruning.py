@@ -13,7 +13,10 @@ from finetune.quant.rounders.zeros import holds_zero
 from finetune.quantize.config import QuantizeConfig
 
 if TYPE_CHECKING:
+    from finetune.model.held import Held
     from finetune.quant.driver import Layer
+    from finetune.quant.pruners.cut import Cut
+    from finetune.quantize.write import Stored
     from finetune.structure.base import Structure
 
 
@@ -37,6 +40,50 @@ def pruner_of(config: QuantizeConfig, told: Mapping[str, Any]) -> Pruner | None:
             " quant.symmetric=true)"
         )
     return pruner
+
+
+def cut_of(config: QuantizeConfig, model: Any, held: Held) -> Cut | None:
+    """Who takes whole parts out, having seen that it can; None where nobody is to.
+
+    Args:
+        model: on the meta device.
+        held: what it was opened as.
+
+    Raises:
+        ConfigError: for a share that takes nothing, and a fit that would fill the zeros of a pruned base.
+        ModelError: for a model that cannot be smaller in this way.
+    """
+    from finetune.model.pretrained import empty_model, quiet
+
+    if not config.pruner.cuts:
+        return None
+    if said_pruned(model.config) and getattr(config.pruner, "refit", False):
+        raise ConfigError(
+            f"model.path={config.model.path} was pruned, and fitting what pruner={config.pruner.name} leaves would fill"
+            " its zeros: expected pruner.refit=false"
+        )
+
+    def build(stock: Any) -> Any:
+        return empty_model(stock, config.model, held)
+
+    cut: Cut = PRUNERS.build(config.pruner)
+    with quiet():
+        cut.plan(build(model.config), build)
+    return cut
+
+
+def moved(stored: Stored, blocks: Mapping[str, str]) -> Stored:
+    """What is on disk by the names that it has once some blocks are gone.
+
+    Args:
+        blocks: new names by the old ones, where they differ.
+    """
+
+    def new(name: str) -> str:
+        old = next((block for block in blocks if name.startswith(f"{block}.")), None)
+        return name if old is None else blocks[old] + name.removeprefix(old)
+
+    return {new(name): [(new(key), tensor) for key, tensor in parts] for name, parts in stored.items()}
 
 
 def check_pattern(pruner: PrunerConfig, structure: Structure) -> None:

@@ -58,19 +58,23 @@ def table(record: dict[str, Any]) -> str:
         errors = (f"{layer['error']:.2e}", f"{layer['error_rtn']:.2e}", f"{ratio:.2f}")
         zeros = [f"{layer['sparsity'] or 0:.2%}"] if pruned else []
         shown.add_row(layer["name"], *errors, damping, f"{layer['bits_per_weight']:.3f}", *zeros)
-    text = io.StringIO()
-    Console(file=text, width=140).print(shown)
-    lines = [line.rstrip() for line in text.getvalue().strip("\n").splitlines()]
+    lines = []
+    if layers:
+        text = io.StringIO()
+        Console(file=text, width=140).print(shown)
+        lines = [line.rstrip() for line in text.getvalue().strip("\n").splitlines()]
     lines.append(
         f"{record['bits_per_weight']:.3f} bits a weight ({record['bits_per_weight_model']:.2f} over the whole model),"
         f" {record['bytes'] / 1e6:.1f} MB, {record['seconds']:.0f} s"
     )
     if pruned:
         lines.append(f"{record['sparsity']:.2%} of the weights of the blocks are zero")
+    cut = _cut_lines(record["pruner"])
+    lines += cut
     lines += _transform_lines(record["transform"]) + _distill_lines(record["distill"])
     quality = record["quality"]
     if quality is not None:
-        lines.append(_quality_line(quality, "pruned" if pruned else "quantized"))
+        lines.append(_quality_line(quality, "quantized" if not pruned and layers else "pruned"))
     return "\n".join(lines)
 
 
@@ -92,6 +96,23 @@ def _quality_line(quality: dict[str, Any], changed: str) -> str:
         f"held-out perplexity {said['perplexity_dense']} dense, {said['perplexity']} {changed}; KL {said['kl_mean']}"
         f" nats a token, same top token {said['top1_agreement']}, over {quality['tokens']} tokens"
     )
+
+
+def _cut_lines(pruner: dict[str, Any]) -> list[str]:
+    """What was taken out, and where that cost most; nothing where nothing was."""
+    parts = pruner.get("parts")
+    if not parts:
+        return []
+    changes = ", ".join(f"{key} {old} -> {pruner['after'][key]}" for key, old in pruner["before"].items())
+    lines = [f"pruner {pruner['name']}: {changes}"]
+    if "dropped" in parts[0]:
+        gone = [f"{part['name']} ({part['influence']:.3g})" for part in parts if part["dropped"]]
+        return [*lines, f"gone, with their influence: {', '.join(gone)}"]
+    worst = max(parts, key=lambda part: part["error"])
+    mean = sum(part["error"] for part in parts) / len(parts)
+    by_size = sum(part["error_magnitude"] for part in parts) / len(parts)
+    said = f"mean error {mean:.2e} ({by_size:.2e} by size), worst {worst['error']:.2e} in {worst['name']}"
+    return [*lines, said, *(f"{part['name']}: {part['note']}" for part in parts if part["note"])]
 
 
 def _transform_lines(transform: dict[str, Any]) -> list[str]:

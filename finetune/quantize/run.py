@@ -19,7 +19,7 @@ from finetune.quant.pruned import KEY as PRUNED
 from finetune.quant.rounders.base import CALIBRATORS
 from finetune.quant.transforms.base import TRANSFORMS
 from finetune.quantize.config import QuantizeConfig
-from finetune.quantize.pruning import check_pattern, pruner_of, settings, sparsity
+from finetune.quantize.pruning import check_pattern, cut_of, moved, pruner_of, settings, sparsity
 from finetune.quantize.text import Text, check_text, read_text
 from finetune.training.signals import StopSignals
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from finetune.model.held import Held
     from finetune.quant.distill import Distiller
     from finetune.quant.pruners.base import Pruner
+    from finetune.quant.pruners.cut import Cut
     from finetune.quant.transforms.base import Transform
     from finetune.quantize.opening import Opened, Source
     from finetune.structure.base import Structure
@@ -80,16 +81,17 @@ def _make(config: QuantizeConfig, headers: list[Header], target: Path, signals: 
     reader, held = reader_of(config, directory, headers, dtype, str(make_accelerator(config.device).device))
     if config.pruner.prunes:
         check_pattern(config.pruner, inspect(reader.empty))
+    cut = cut_of(config, reader.empty, held)
     tokenizer = read_tokenizer(directory, config.model)
     source = Source(reader, held, _text(config, reader.empty, held, tokenizer))
     transform = TRANSFORMS.build(config.transform)
     distiller = Distiller(config.distill) if config.distill.steps else None
 
     def in_public(structure: Structure) -> bool:
-        return compressed(config.quant, structure)
+        return compressed(config.quant, structure if cut is None else cut.structure)
 
-    with opened(config, source, target, in_public, transform, distiller) as base, published(target) as work:
-        job = Job(config, base, source, tokenizer, in_public(base.structure), transform, pruner, distiller)
+    with opened(config, source, target, in_public, transform, distiller, cut) as base, published(target) as work:
+        job = Job(config, base, source, tokenizer, in_public(base.structure), transform, pruner, distiller, cut)
         record = _quantize(job, work, signals)
         print(table(record))
         if left_out := plot(record, work):
@@ -125,6 +127,7 @@ class Job:
     transform: Transform | None
     pruner: Pruner | None
     distiller: Distiller | None
+    cut: Cut | None
 
 
 def _quantize(job: Job, work: Path, signals: StopSignals) -> dict[str, Any]:
@@ -156,8 +159,12 @@ def _quantize(job: Job, work: Path, signals: StopSignals) -> dict[str, Any]:
             job.pruner,
             base.resident,
             job.distiller,
+            job.cut,
         ).go()
     quality = base.quality()
+    stored = base.stored()
+    if job.cut is not None:
+        stored = moved(stored, job.cut.finish(base.model))
     source = ExportSource(
         model=base.model,
         adapter=None,
@@ -170,7 +177,7 @@ def _quantize(job: Job, work: Path, signals: StopSignals) -> dict[str, Any]:
     reached = sparsity(layers, base.structure) if job.pruner is not None else 0.0
     if config.pruner.prunes:
         setattr(base.model.config, PRUNED, settings(config.pruner, reached))
-    read_by = write(source, config.quant, job.in_public, work, base.stored())
+    read_by = write(source, config.quant, job.in_public, work, stored)
     record = collect(work, base.model, layers, quality)
     record |= {
         "model": config.model.path,
@@ -178,7 +185,7 @@ def _quantize(job: Job, work: Path, signals: StopSignals) -> dict[str, Any]:
         "quant": asdict(config.quant),
         "calibrator": asdict(config.calibrator),
         "transform": asdict(config.transform) | ({} if transform is None else asdict(transform.summary)),
-        "pruner": asdict(config.pruner),
+        "pruner": asdict(config.pruner) | ({} if job.cut is None else asdict(job.cut.summary)),
         "distill": asdict(config.distill)
         | {"blocks": [asdict(b) for b in job.distiller.done] if job.distiller else []},
         "sparsity": reached,

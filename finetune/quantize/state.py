@@ -117,6 +117,10 @@ class State:
         directory.mkdir()
         return Spilled(directory, device)
 
+    def drop_lane(self, name: str, number: int) -> None:
+        """Nobody asks for these hidden states again."""
+        shutil.rmtree(self.path / f"{name}-{number:05d}")
+
     def save(
         self,
         number: int,

@@ -18,15 +18,16 @@ from finetune.model.blocks import BlockReader
 from finetune.quant.driver import CALIBRATION
 from finetune.quant.layer import Layer
 from finetune.quant.replay import Batch, Calls, Sink
-from finetune.quant.resident import Resident
+from finetune.quant.resident import Resident, pairs
 from finetune.quant.standins import Answer, ending, rehearse
 from finetune.quantize.measure import Figures, Measure
 from finetune.quantize.state import State
 from finetune.quantize.write import stock_tensors
 from finetune.structure.base import Structure
 
-DENSE, QUANTIZED = "dense", "quantized"
-"""Names of the lanes of held-out text in the dense and in the quantized model, beside those of the driver."""
+DENSE, QUANTIZED, SURVEY = "dense", "quantized", "survey"
+"""Names of the lanes, beside those of the driver, of held-out text in the dense and in the quantized model, and of
+calibration text that goes through the dense model before the first block is worked on."""
 
 
 class OneBlock(Resident):
@@ -85,6 +86,18 @@ class OneBlock(Resident):
         self.reader.release()
         return calls
 
+    def survey(
+        self, model: nn.Module, blocks: Sequence[str], batches: Sequence[Batch]
+    ) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
+        calls = rehearse(self.model, blocks, batches, self.answer, self.state.new_lane(SURVEY, 0, self.device))
+        for number, name in enumerate(blocks):
+            after = self.state.new_lane(SURVEY, number + 1, self.device)
+            yield pairs(calls, number, self.reader.read(name), after)
+            self.reader.release()
+            self.state.drop_lane(SURVEY, number)
+            calls.hidden, calls.arguments[number] = after, []
+        self.state.drop_lane(SURVEY, len(blocks))
+
     def enter(self, number: int, block: str) -> None:
         _put(self.model, block, self.reader.read(block))
         self._follow(DENSE, number, block)
@@ -94,7 +107,8 @@ class OneBlock(Resident):
 
     def leave(self, number: int, block: str, layers: Sequence[Layer]) -> None:
         self._follow(QUANTIZED, number, block)
-        names = [name for name in self._stock.names if name.startswith(f"{block}.")]
+        held = any(True for _ in self.model.get_submodule(block).parameters())  # none where the block was cut out
+        names = [name for name in self._stock.names if held and name.startswith(f"{block}.")]
         dtype = self.reader.loading.dtype
         stored = {n: list(stock_tensors(self.model, self._stock, n, dtype, self.in_public)) for n in names}
         self.state.save(number, stored, layers, self.summary())

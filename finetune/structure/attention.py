@@ -38,6 +38,7 @@ class SelfAttention:
         block: index of its block in the stack.
         heads: of keys and values, before they are repeated for groups of queries.
         key_width, value_width: features of a head.
+        queries: heads of queries.
     """
 
     name: str
@@ -45,6 +46,7 @@ class SelfAttention:
     heads: int
     key_width: int
     value_width: int
+    queries: int
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ def attending(model: nn.Module) -> Attending | None:
         _called.clear()
     names = {id(module): name for name, module in twin.named_modules()}
     stack = inspect(twin).stacks[-1]
-    own = [_described(names[id(m)], stack, k, v) for m, q, k, v in calls if _is_own(names[id(m)], stack, q, k)]
+    own = [_described(names[id(m)], stack, q, k, v) for m, q, k, v in calls if _is_own(names[id(m)], stack, q, k)]
     if not own:
         return None
     mine = {module.name for module in own}
@@ -169,6 +171,6 @@ def _is_own(name: str, stack: Stack, query: Tensor, key: Tensor) -> bool:
     return query.shape[2] == key.shape[2] and any(name.startswith(f"{block}.") for block in stack.blocks)
 
 
-def _described(name: str, stack: Stack, key: Tensor, value: Tensor) -> SelfAttention:
+def _described(name: str, stack: Stack, query: Tensor, key: Tensor, value: Tensor) -> SelfAttention:
     block = next(index for index, block in enumerate(stack.blocks) if name.startswith(f"{block}."))
-    return SelfAttention(name, block, key.shape[1], key.shape[3], value.shape[3])
+    return SelfAttention(name, block, key.shape[1], key.shape[3], value.shape[3], query.shape[1])

@@ -7,14 +7,13 @@ that is built with another value there has that many, each of the shape of the b
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
 
-from finetune.errors import ModelError, UserError
-from finetune.structure.experiments import UNFORESEEN
+from finetune.errors import ModelError
+from finetune.structure.experiments import attempt, with_settings
 from finetune.structure.inspect import inspect
 
 
@@ -32,23 +31,20 @@ def cut_config(model: nn.Module, kept: Sequence[int], build: Callable[[Any], nn.
     """
     blocks = inspect(model).blocks
     if len(kept) == len(blocks):
-        return copy.deepcopy(model.config)
+        return with_settings(model.config, {})
     wanted = _shapes(model, [blocks[number] for number in kept])
-    for config in _candidates(model.config, len(blocks), kept):
-        try:
-            found = build(type(config).from_dict(config.to_dict()))
-        except (*UNFORESEEN, UserError):  # a configuration that contradicts itself
-            continue
-        if _shapes(found, inspect(found).blocks) == wanted:
-            return config
+    for settings in _candidates(model.config, len(blocks), kept):
+        found = attempt(build, model.config, settings)
+        if found is not None and _shapes(found, inspect(found).blocks) == wanted:
+            return with_settings(model.config, settings)
     raise ModelError(
         f"{type(model).__name__} cannot be cut: no entry of its configuration gives {len(kept)} of its {len(blocks)}"
         " blocks with the weights that they have"
     )
 
 
-def _candidates(config: Any, count: int, kept: Sequence[int]) -> Iterator[Any]:
-    """The configuration with each entry that equals the number of blocks changed, lists by block cut along."""
+def _candidates(config: Any, count: int, kept: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Changes of the configuration: each entry that equals the number of blocks, lists by block cut along."""
     entries = config.get_text_config().to_dict()
     numbers = [key for key, value in entries.items() if type(value) is int and value == count]
     lists = {
@@ -57,11 +53,8 @@ def _candidates(config: Any, count: int, kept: Sequence[int]) -> Iterator[Any]:
         if isinstance(value, list) and len(value) == count and not key.endswith("token_id")
     }
     for number in numbers:
-        for changed in ({**lists, number: len(kept)}, {number: len(kept)}):
-            cut = copy.deepcopy(config)
-            for key, value in changed.items():
-                setattr(cut.get_text_config(), key, value)
-            yield cut
+        yield {**lists, number: len(kept)}
+        yield {number: len(kept)}
 
 
 def _shapes(model: nn.Module, blocks: Sequence[str]) -> list[dict[str, tuple[int, ...]]]:

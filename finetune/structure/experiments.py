@@ -1,14 +1,16 @@
-"""How to try something on a model: in which mode, on a twin without weights, and what it may raise."""
+"""How to try something on a model: in which mode, on a twin without weights, with other settings, what it may raise."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+
+from finetune.errors import UserError
 
 UNFORESEEN = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 """What a model raises that does something an experiment does not foresee: it is not understood, which is the answer."""
@@ -42,3 +44,27 @@ def twin_of(model: nn.Module, attention: str = "eager") -> nn.Module:
     if choose is not None:
         choose("batched_mm")  # the only way without control flow that depends on values
     return twin.requires_grad_(False)
+
+
+def attempt(build: Callable[[Any], nn.Module], config: Any, settings: Mapping[str, Any]) -> nn.Module | None:
+    """The model of a changed configuration, as it is after it was saved and read; None where it contradicts itself.
+
+    Args:
+        build: makes the model of a configuration, on the meta device.
+        settings: what is changed, by the names of entries.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        changed = with_settings(config, settings)
+        return build(type(changed).from_dict(changed.to_dict()))
+    except (*UNFORESEEN, UserError, StrictDataclassError):
+        return None
+
+
+def with_settings(config: Any, settings: Mapping[str, Any]) -> Any:
+    """A configuration with other values."""
+    changed = copy.deepcopy(config)
+    for key, value in settings.items():
+        setattr(changed.get_text_config(), key, value)
+    return changed

@@ -31,10 +31,12 @@ class PrunerConfig:
 
     Attributes:
         prunes: whether it sets anything to zero.
+        cuts: whether it takes whole parts out, so that a smaller model is left.
         needs_inputs: whether it cannot work without calibration data.
     """
 
     prunes: ClassVar[bool] = False
+    cuts: ClassVar[bool] = False
     needs_inputs: ClassVar[bool] = False
 
     name: str = "base"
@@ -48,7 +50,7 @@ class PrunerConfig:
 
 
 PRUNERS: Registry[PrunerConfig] = Registry("pruner", "finetune.quant.pruners")
-"""`PRUNERS.build(config)` returns a `Pruner`, or None where nothing is to be pruned."""
+"""`PRUNERS.build(config)` returns a `Pruner`, a `Cut` (cut.py) where `config.cuts`, None where nothing is pruned."""
 
 
 @dataclass
