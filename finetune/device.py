@@ -30,6 +30,7 @@ def make_accelerator(device: str) -> Any:
     """accelerate's view of the processes and of this one's device; at exit the processes part in good order."""
     from accelerate import Accelerator
 
+    _forget_another(device)
     if ":" in device:
         os.environ["ACCELERATE_TORCH_DEVICE"] = device
     accelerator = Accelerator(cpu=device == "cpu")
@@ -37,6 +38,23 @@ def make_accelerator(device: str) -> Any:
         # Gloo's threads may still hold tensors of the last sum: to let go of them while Python shuts down aborts it.
         atexit.register(accelerator.state.destroy_process_group)
     return accelerator
+
+
+def _forget_another(device: str) -> None:
+    """Let accelerate choose anew where an earlier call, as from a notebook, settled on another device.
+
+    It keeps the first device for the life of the process: batches would go there, whatever device the model is on.
+    """
+    import torch
+    from accelerate.state import AcceleratorState, PartialState
+
+    settled = PartialState._shared_state.get("device")
+    if settled is None or PartialState().num_processes > 1 or device == "auto":
+        return
+    wanted = torch.device(device)
+    if settled.type != wanted.type or wanted.index not in (None, settled.index or 0):
+        os.environ.pop("ACCELERATE_TORCH_DEVICE", None)
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def resolve_dtype(name: str, device: Any) -> str:
