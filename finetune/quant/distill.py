@@ -28,6 +28,7 @@ from finetune.quant.base import FrozenWeight
 from finetune.quant.dense import DenseExperts
 from finetune.quant.grid import Grid
 from finetune.quant.packed import PackedExperts, PackedWeight
+from finetune.quant.rounders.zeros import MaskedGrid
 
 Forward = Callable[[], Iterator[Tensor]]
 """Runs a block over all calibration batches, one a step."""
@@ -203,10 +204,11 @@ class _Plain(_Trained):
 
 
 class _Codes(_Trained):
-    """A weight in codes."""
+    """A weight in codes; zeros that a pruner made stay."""
 
     def __init__(self, module: PackedWeight, grid: Grid, weight: Tensor) -> None:
         self.module, self.grid = module, grid
+        self.spans = grid.grid if isinstance(grid, MaskedGrid) else grid
         self.before = [module._parameters[name] for name in module.stored]
         stored, w = module.decode(torch.float32), weight.float()
         # Where the rounder took another code than the nearest, what is behind it starts at what is stored.
@@ -214,7 +216,7 @@ class _Codes(_Trained):
         self.behind = torch.where(same, w, stored).requires_grad_()
 
     def write(self) -> None:
-        self.module.take(self.grid, self.grid.round_columns(self.behind.detach(), 0))
+        self.module.take(self.spans, self.grid.round_columns(self.behind.detach(), 0))
 
     def restore(self) -> None:
         self.module.hold(self.before)

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from finetune.quant.base import FrozenLinear, QuantConfig
+from finetune.quant.base import QUANTIZERS, FrozenLinear, QuantConfig
 from finetune.quant.dense import DenseConfig, DenseExperts, DenseLinear
 from finetune.quant.distill import Distiller
 from finetune.quant.freeze import empty_frozen, freeze, head_of, replace_projection
@@ -60,7 +60,8 @@ class Driver:
             model's. Dense storage without a pruner then leaves what is left as it is.
 
     Raises:
-        ConfigError: where the head is to be quantized but shares its weight with the embeddings.
+        ConfigError: where the head is to be quantized but shares its weight with the embeddings; where the storage
+            format cannot hold a layer of such a size.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Driver:
         self.heads = list(head_of(model, quant, structure))
         for p in self.todo:
             rounder.check_layer(p.name, p.out_features * p.experts, p.in_features)
+            QUANTIZERS.build(quant, p.out_features, p.in_features, device="meta")  # refuses sizes that it cannot hold
         self.layers: list[Layer] = list(self.resident.layers)
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Prune a weight and store what is left: in a dense module, or in codes that hold its zeros exactly.
+"""Prune a weight and store what is left: as it is, or in codes that hold its zeros exactly.
 
 A pruner that chooses codes does so in its own sweep, on the grid that spans what it would leave without codes: what it
 corrects grows beyond the weights that were there. For any other the pruned weight is rounded as every weight is, its
@@ -55,17 +55,19 @@ def prune(
         grams: as in `rounders.base.apply`; empty without calibration.
 
     Raises:
-        ModelError: when a weight is not finite and the module stores codes.
+        ModelError: when a weight is not finite and the module is packed.
     """
     turned = isinstance(module, FrozenExperts) and bool(getattr(module, "transposed", False))
-    packed = module if isinstance(module, PackedWeight) else None
+    packed = module if isinstance(module, PackedWeight) and module.settings().rounds else None
     laid = (weight.mT if turned else weight).to(next(module.parameters()).device)
     matrices = list(laid.float()) if laid.dim() == 3 else [laid.float()]
+    calibrated = bool(grams)
     grams = [None if gram is None else gram.to(matrices[0]) for gram in grams] or [None] * len(matrices)
     results = [pruner.prune(w_OI, gram_II) for w_OI, gram_II in zip(matrices, grams, strict=True)]
     damping, notes = _told(results)
     pruned = torch.stack([result.w_OI for result in results]).view_as(laid)
     grids: Sequence[Grid | None] = [None] * len(matrices)
+    grid: Grid | None = None
     if packed is None:
         module.store((pruned.mT if turned else pruned).to(weight.dtype))
     else:
@@ -76,12 +78,16 @@ def prune(
             chosen = [pruner.prune(*each).codes_OI for each in zip(matrices, grams, grids, strict=True)]
             packed.take(grid, torch.stack([codes_OI for codes_OI in chosen if codes_OI is not None]).view_as(laid))
         else:
-            inner = rounders.apply(ZerosKept(rounder), packed, pruned.mT if turned else pruned, grams)
+            inner = rounders.apply(
+                ZerosKept(rounder), packed, pruned.mT if turned else pruned, grams if calibrated else []
+            )
             damping, notes = inner.damping, [*notes, *filter(None, [inner.note])]
     decoded = module.dequantize(torch.float32)
     decoded = (decoded.mT if turned else decoded).view(len(matrices), *laid.shape[-2:])
     errors = _errors(pruner, matrices, decoded, grams, grids)
-    return Outcome(Rounded(*errors, damping, "; ".join(notes)), float((decoded == 0).float().mean()))
+    zero = decoded == 0
+    kept = None if grid is None else MaskedGrid(grid, ~zero.view_as(laid))
+    return Outcome(Rounded(*errors, damping, "; ".join(notes), kept), float(zero.float().mean()))
 
 
 def _told(results: Sequence[Pruned]) -> tuple[float | None, list[str]]:
