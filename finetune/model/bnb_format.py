@@ -29,6 +29,7 @@ class Bnb4bit(StoredFormat):
 
     mark = f"weight.{STATE}"
     methods = ("bitsandbytes", "finetune")
+    derived = False
     companions = (
         "weight.nested_absmax", "weight.nested_quant_map", "weight.quant_map", "weight.absmax",
         f"weight.{STATE}nf4", f"weight.{STATE}fp4",

@@ -24,6 +24,7 @@ class BnbInt8(StoredFormat):
 
     mark = "SCB"
     methods = ("bitsandbytes", "finetune")
+    derived = False
     companions = ("weight_format", "SCB")
 
     def disguise(self, weight: StoredTensor) -> torch.dtype:

@@ -31,6 +31,7 @@ class StoredFormat(ABC):
         packs_experts_singly: whether experts that the model stacks lie one by one, as linear layers.
         methods: under which `quant_method` it is found.
         conv1ds: whether stock libraries read Conv1Ds stored so, where they read linear layers.
+        derived: whether they read layers of classes derived from `nn.Linear` (Falcon's).
     """
 
     companions: tuple[str, ...]
@@ -38,6 +39,7 @@ class StoredFormat(ABC):
     methods: tuple[str, ...]
     packs_experts_singly: bool = False
     conv1ds: bool = True
+    derived: bool = True
 
     def of(self, told: dict[str, Any]) -> StoredFormat:
         """The format as one checkpoint has it, for those whose tensors do not say all.

@@ -59,12 +59,14 @@ def write(
     stacks = [name for name, module in packed.items() if isinstance(module, PackedExperts)]
     linears = [name for name, module in stock.model.named_modules() if projection_of(module, name) is not None]
     kept = [name for name in linears if name not in packed]
+    kinds = {type(stock.model.get_submodule(name)) for name in linears if name in packed}
     in_public = in_public and all(isinstance(module, AffineLinear) for module in packed.values())
     if in_public:
         told: dict[str, Any] | None = compressed_format.stock_config(quant, kept)
     else:
         conv1ds = any(isinstance(module, PackedLinear) and module.transposed for module in packed.values())
-        told = quantization_config(quant, source.dtype, kept, stacks=bool(stacks), conv1ds=conv1ds)
+        derived = any(issubclass(kind, nn.Linear) and kind is not nn.Linear for kind in kinds)
+        told = quantization_config(quant, source.dtype, kept, stacks=bool(stacks), conv1ds=conv1ds, derived=derived)
     _let_stacks_pass(stock.model, stacks)
     tensors = (
         each
