@@ -110,6 +110,8 @@ class Distiller:
             stacked = isinstance(module, PackedExperts)
             parts.append(_Stack(model, path, module, grid, weight) if stacked else _Linear(module, grid, weight))
         before = _error(forward, targets)
+        if not parts:
+            return
         with ExitStack() as stack, torch.enable_grad():
             for part in parts:
                 stack.enter_context(part.attached())
@@ -135,7 +137,8 @@ class Distiller:
         step = 0
         while step < steps:
             for output, target in zip(forward(), targets, strict=True):
-                F.mse_loss(output.float(), target.float()).backward()
+                # Summed: Adam looks at no scale, and means over many numbers are lost in half precision.
+                F.mse_loss(output.float(), target.float(), reduction="sum").backward()
                 for part in parts:
                     part.collect()
                 optimizer.step()

@@ -61,9 +61,9 @@ def rounded(x_BI: Tensor, threshold: float) -> Tensor:
 
 
 def in_integers(x_BI: Tensor, layer: IntegerLinear) -> Tensor:
-    """What a layer of w8a8 or w6a6 makes of an input, in float64: codes times their scale."""
-    x_NI, most = x_BI.flatten(0, -2), w8a8.levels(layer.bits)
-    scale = w8a8.input_scale(x_NI, layer.bits, layer.inputs == "token", layer.input_scale)
+    """What a layer of w8a8, w6a6 or w4a8 makes of an input, in float64: codes times their scale."""
+    x_NI, most = x_BI.flatten(0, -2), w8a8.levels(layer.input_bits)
+    scale = w8a8.input_scale(x_NI, layer.input_bits, layer.inputs == "token", layer.input_scale)
     return (w8a8.round_to(x_NI, scale, -most - 1, most).double() * scale.double()).view(x_BI.shape)
 
 
