@@ -238,7 +238,8 @@ def _narrowed(model: nn.Module, small: nn.Module | None) -> dict[str, int]:
 
 
 def _flow(model: nn.Module) -> Flow:
-    flow = trace(model)
+    with torch.enable_grad():  # by whose graph projections are followed
+        flow = trace(model)
     if flow is None:
         raise ModelError(f"{type(model).__name__} cannot be cut: what its projections are for is not understood")
     return flow

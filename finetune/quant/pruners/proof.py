@@ -1,24 +1,26 @@
 """Whether a small block computes what the large one does without the parts that go.
 
-Shape suffixes: E experts, K units that stay.
+Shape suffixes: E experts, I columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from finetune.quant.dense import DenseExperts, DenseLinear
 from finetune.quant.pruners.cut import Run
+from finetune.quant.replay import watching
 from finetune.structure.base import Projection
 
 SLACK = 8
 """Units in the last place of the largest value that the two may differ by; no less than `LEAST` of that value."""
 LEAST = 1e-5
+Seen = dict[tuple[str, int], list[Tensor]]
 
 
 @torch.no_grad()
@@ -32,28 +34,37 @@ def differs(
 ) -> str:
     """Where and by how much the small block is off, on the first batch; empty where it is not.
 
-    What the readers put out is compared, and what the block does, in which the residual would hide much.
+    Its readers have to be given the same columns, and it has to put out what the large block does where the others are
+    zero. The first tells more: what a reader makes little of, and what the residual hides.
 
     Args:
         name: of the block.
         readers: of parts that go.
-        columns: by the names of readers, those that stay, [E, ..]; the others of the large block count as zero.
+        columns: by the names of readers, those that stay, [E, I].
     """
-    paths = [p.name.removeprefix(f"{name}.") for p in readers]
+    inside = [replace(p, name=p.name.removeprefix(f"{name}.")) for p in readers]
+    kept = {p.name: columns[f"{name}.{p.name}"] for p in inside}
     with ExitStack() as stack:
-        for p, path in zip(readers, paths, strict=True):
-            stack.enter_context(_others_zero(block.get_submodule(path), columns[p.name]))
-        wanted = _outputs(block, paths, run)
-    found = _outputs(small, paths, run)
-    for path in wanted:
-        before, after = wanted[path], found[path]
-        if before.shape != after.shape:
-            return f"{path or 'its output'} has shape {list(after.shape)}, not {list(before.shape)}"
-        slack = max(LEAST, SLACK * torch.finfo(before.dtype).eps) * float(before.abs().max())
-        off = float((before - after).abs().max())
-        if not off <= slack:
-            return f"{path or 'its output'} is off by {off:.2g}"
-    return ""
+        for p in inside:
+            stack.enter_context(_others_zero(block.get_submodule(p.name), kept[p.name]))
+        wanted, output = _seen(block, inside, run)
+    found, small_output = _seen(small, inside, run)
+    for (reader, expert), given in wanted.items():
+        index = kept[reader][expert].to(given[0].device)
+        why = _off(torch.cat([x[:, index] for x in given]), torch.cat(found.get((reader, expert), given)))
+        if why:
+            return f"what {reader} reads {why}"
+    why = _off(output, small_output)
+    return f"what it puts out {why}" if why else ""
+
+
+def _off(wanted: Tensor, found: Tensor) -> str:
+    """By how much a tensor is off, in words; empty where it is not."""
+    if wanted.shape != found.shape:
+        return f"has shape {list(found.shape)}, not {list(wanted.shape)}"
+    slack = max(LEAST, SLACK * torch.finfo(wanted.dtype).eps) * float(wanted.abs().max())
+    off = float((wanted - found).abs().max())
+    return "" if off <= slack else f"is off by {off:.2g}"
 
 
 @contextmanager
@@ -71,20 +82,13 @@ def _others_zero(module: nn.Module, columns: Tensor) -> Iterator[None]:
         module.hold(held)
 
 
-def _outputs(block: nn.Module, readers: Sequence[str], run: Run) -> dict[str, Tensor]:
-    """What the readers, or the modules that their stacks are in, put out for the first batch; under "" the block."""
-    found: dict[str, Tensor] = {}
+def _seen(block: nn.Module, readers: Sequence[Projection], run: Run) -> tuple[Seen, Tensor]:
+    """What each matrix of the readers reads, and what the block puts out, for the first batch."""
+    found: Seen = {}
 
-    def keep(path: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            found[path] = output[0] if isinstance(output, tuple) else output
+    def saw(name: str, expert: int, x: Tensor) -> None:
+        found.setdefault((name, expert), []).append(x.flatten(0, -2))
 
-        return hook
-
-    with ExitStack() as stack:
-        for path in readers:
-            stacked = isinstance(block.get_submodule(path), DenseExperts)
-            module = block.get_submodule(path.rpartition(".")[0] if stacked else path)
-            stack.callback(module.register_forward_hook(keep(path)).remove)
-        found[""] = next(run(block))
-    return found
+    with watching(block, readers, saw):
+        output = next(run(block))
+    return found, output
