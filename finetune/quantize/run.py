@@ -60,7 +60,11 @@ def quantize(config: QuantizeConfig) -> int:
             later = "goes on after the last finished block" if partial(target).exists() else "starts anew"
             print(f"interrupted; the same command {later}")
             return 128 + stopped.number
-    print(f"{target}: read by {record['read_by']}; fine-tune it with `train.py model.path={config.output} quant=keep`")
+    objective = {"causal_lm": "", "encoder": "objective=classification "}.get(
+        record["holds"], f"objective={record['holds']} "
+    )
+    command = f"train.py {objective}model.path={config.output} quant=keep"
+    print(f"{target}: read by {record['read_by']}; fine-tune it with `{command}`")
     return 0
 
 
@@ -147,6 +151,8 @@ def _quantize(job: Job, work: Path, signals: StopSignals) -> dict[str, Any]:
     with Progress(signals, len(base.resident.layers)) as progress:
         if job.distiller is not None:
             job.distiller.told = progress.step
+        if job.cut is not None:
+            job.cut.told = progress.step
         layers = Driver(
             base.model,
             base.structure,
@@ -181,6 +187,7 @@ def _quantize(job: Job, work: Path, signals: StopSignals) -> dict[str, Any]:
     record = collect(work, base.model, layers, quality)
     record |= {
         "model": config.model.path,
+        "holds": job.source.held.kind,
         "base": base.digest,
         "quant": asdict(config.quant),
         "calibrator": asdict(config.calibrator),
