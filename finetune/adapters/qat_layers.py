@@ -19,9 +19,12 @@ from finetune.adapters.lora_layers import LoRAExperts, LoRALinear
 from finetune.kernels import affine
 from finetune.kernels.computed_linear import computed_linear
 from finetune.kernels.fake_affine import fake_quantize
-from finetune.quant.affine_grid import AffineGrid, clipped_shares
+from finetune.quant.affine_grid import SHRINKS, AffineGrid, clipped_shares
 from finetune.quant.affine_storage import Affine, AffineConfig
 from finetune.quant.base import QUANTIZERS, FrozenExperts, FrozenLinear
+
+TRIED = SHRINKS[::5]
+"""Shares of a group's range that its grid may start from; finer ones make no difference to where it is trained to."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Target:
 
     def shares(self, w_OI: Tensor) -> Tensor | None:
         """Which share of each group its grid is to span; None for all of it."""
-        return clipped_shares(w_OI, partial(self.fit, w_OI)) if self.mse and not w_OI.is_meta else None
+        return clipped_shares(w_OI, partial(self.fit, w_OI), TRIED) if self.mse and not w_OI.is_meta else None
 
 
 class FakeQuantized(LearntGrid):

@@ -9,7 +9,7 @@ before any code is chosen, so that codes are nearest to what will be decoded.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -187,18 +187,21 @@ SHRINKS = [1 - step / 100 for step in range(80)]
 POWER = 2.4
 
 
-def clipped_shares(w_OI: Tensor, grid_of: Callable[[Tensor], AffineGrid]) -> Tensor:
+def clipped_shares(
+    w_OI: Tensor, grid_of: Callable[[Tensor], AffineGrid], shrinks: Sequence[float] = SHRINKS
+) -> Tensor:
     """For each group, the share of its range on which its weights err least, [.., O, G].
 
     Args:
         grid_of: the grid for given shares.
+        shrinks: those that are tried.
     """
     full = grid_of(torch.ones((), device=w_OI.device))
     groups, size = full.scale_OG.shape[-1], full.group_size
     place_I = torch.arange(w_OI.shape[-1], device=w_OI.device) // (size if size > 0 else w_OI.shape[-1])
     best_OG = torch.full(full.scale_OG.shape, torch.inf, device=w_OI.device)
     share_OG = torch.ones_like(best_OG)
-    for shrink in SHRINKS:
+    for shrink in shrinks:
         grid = grid_of(torch.tensor(shrink, device=w_OI.device))
         error_OI = (grid.decode(grid.encode(w_OI)) - w_OI.float()).abs_().pow_(POWER)
         error_OG = error_OI.new_zeros(*error_OI.shape[:-1], groups).index_add_(-1, place_I, error_OI)

@@ -85,7 +85,8 @@ def carried() -> list[tuple[str, str, QuantConfig]]:
     names = [name for name in ADAPTERS.types() if name not in left_out]
     turn = itertools.cycle(STORAGES)
     pairs = itertools.product(names, ("bert", "llama"))
-    fixed = {"qa_lora": Int4Config(group_size=32), "pissa": NF4Config(), "loftq": NF4Config()}
+    fixed: dict[str, QuantConfig] = {"pissa": NF4Config(), "loftq": NF4Config(), "qat": DenseConfig()}
+    fixed |= dict.fromkeys(("qa_lora", "qat_scales"), Int4Config(group_size=32))
     return [
         (name, family, fixed.get(name, next(turn))) for name, family in pairs if (name, family) != ("bitfit", "llama")
     ]

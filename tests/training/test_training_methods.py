@@ -23,8 +23,10 @@ PARTS = [{"name": "lora", "rank": 4, "dropout": 0.2}, {"name": "ia3"}, {"name": 
 FOR_TINY = {"rank": 4, "dropout": 0.2, "bias": "all", "parts": PARTS, "layers": [0, -1]}
 """What methods are set to for a model of width 16 without biases, which is no emulator."""
 
-STORED = {"qa_lora": Int4Config(group_size=32)}
+STORED = {"qa_lora": Int4Config(group_size=32), "qat_scales": Int4Config(group_size=32)}
 """Methods that want a certain storage."""
+UNFIT = {"qat": ("dropout",)}
+"""Settings that a method refuses."""
 
 
 def adapted(method: str, model: torch.nn.Module) -> Adapter:
@@ -33,7 +35,8 @@ def adapted(method: str, model: torch.nn.Module) -> Adapter:
     if method in STORED:
         freeze(model, STORED[method], inspect(model))
     torch.manual_seed(0)
-    return attach(model, config_type(**{key: value for key, value in FOR_TINY.items() if key in known}))
+    settings = {key: value for key, value in FOR_TINY.items() if key in known and key not in UNFIT.get(method, ())}
+    return attach(model, config_type(**settings))
 
 
 @pytest.mark.parametrize("optim", ["adamw", "adamw_8bit"])
