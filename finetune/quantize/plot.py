@@ -24,21 +24,32 @@ def plot(record: Mapping[str, Any], directory: Path) -> str:
         return f"{PICTURE} is left out: matplotlib is not installed (the extra `plot` brings it)"
     figure = Figure(figsize=INCHES, dpi=DOTS, layout="constrained")
     axes = figure.add_subplot()
-    simple = "by magnitude" if record["layers"] and record["layers"][0]["sparsity"] is not None else "nearest"
-    for number, (kind, layers) in enumerate(kinds(record["layers"]).items()):
+    drawn, method, simple = _drawn(record)
+    for number, (kind, layers) in enumerate(kinds(drawn).items()):
         colour, depth = f"C{number % 10}", range(len(layers))
         axes.plot(depth, [layer["error"] for layer in layers], color=colour, marker=".", label=kind)
         axes.plot(depth, [layer["error_rtn"] for layer in layers], color=colour, linestyle=":", linewidth=1)
     axes.set_yscale("log", nonpositive="mask")
     axes.set_xlabel("block")
     axes.set_ylabel("relative squared error of the output")
-    axes.set_title(f"{record['calibrator']['name']} (solid) and {simple} (dotted)")
+    axes.set_title(f"{method} (solid) and {simple} (dotted)")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
-    if record["layers"]:
+    if drawn:
         figure.legend(loc="outside right upper", fontsize="small")
     figure.savefig(directory / PICTURE)
     return ""
+
+
+def _drawn(record: Mapping[str, Any]) -> tuple[Sequence[Mapping[str, Any]], str, str]:
+    """Whose errors are drawn, and what they and those beside them are called; of a cut where nothing was stored anew."""
+    layers = record["layers"]
+    if layers:
+        simple = "by magnitude" if layers[0]["sparsity"] is not None else "nearest"
+        return layers, record["calibrator"]["name"], simple
+    pruner = record.get("pruner", {})
+    parts = [part for part in pruner.get("parts", ()) if "error" in part]
+    return [{**part, "error_rtn": part["error_magnitude"]} for part in parts], pruner.get("name", ""), "by size"
 
 
 def kinds(layers: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:

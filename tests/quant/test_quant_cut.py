@@ -1,4 +1,4 @@
-"""Channels, heads and blocks cut out of models of many families: what is left is a stock model that computes the same."""
+"""Channels, heads and blocks cut out of models of many families: a stock model that computes the same is left."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_what_cannot_be_cut_is_refused_without_weights(family: str, settings: An
 
 
 def test_heads_that_a_norm_sees_together_are_refused_by_the_first_block() -> None:
-    with pytest.raises(ModelError, match="Olmo2ForCausalLM cannot lose heads: a smaller model.layers.0 does not"):
+    with pytest.raises(ModelError, match=r"Olmo2ForCausalLM cannot lose heads: a smaller model\.layers\.0 does not"):
         families.cut(families.model_of("Olmo2"), HeadsConfig(sparsity=0.5))
 
 
@@ -130,7 +130,7 @@ def test_blocks_that_depend_on_their_place_are_refused() -> None:
     with torch.no_grad():  # the first is the one that goes
         for parameter in model.transformer.h[0].parameters():
             parameter.mul_(0.01)
-    with pytest.raises(ModelError, match="GPT2LMHeadModel cannot lose layers: transformer.h.1 depends on its place"):
+    with pytest.raises(ModelError, match=r"GPT2LMHeadModel cannot lose layers: transformer\.h\.1 depends on its place"):
         families.cut(model, LayersConfig(sparsity=0.5))
 
 

@@ -33,6 +33,8 @@ def test_a_picture_is_drawn(tmp_path: Path, sparsity: float | None) -> None:
     assert plot(record(sparsity=sparsity), tmp_path) == ""
     assert (tmp_path / "errors.png").read_bytes().startswith(b"\x89PNG")
     assert plot({**record(), "layers": []}, tmp_path) == ""
+    parts = [{"name": "model.layers.0.mlp.down_proj", "error": 0.1, "error_magnitude": 0.2}]
+    assert plot({"layers": [], "pruner": {"name": "channels", "parts": parts}}, tmp_path) == ""
 
 
 def test_without_matplotlib_a_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

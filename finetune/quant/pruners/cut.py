@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 DEFAULT_SHARE = 0.25
 Run = Callable[[nn.Module], Iterator[Tensor]]
 """`run(block)` runs a block, or one that takes its place, over all calibration batches, one a step."""
+Told = Callable[[str, int, int], None]
+"""`told(what, step, of)`: how far it is, in words; what it raises ends the work."""
 
 
 @dataclass
@@ -66,6 +68,7 @@ class Cut(ABC):
         config: of the small model, of transformers; once `plan` was called.
         structure: of the small model, its blocks and projections called what they are called in the large one.
         summary: what there is to report.
+        told: called once a block was cut, or looked at.
     """
 
     config: Any
@@ -73,6 +76,7 @@ class Cut(ABC):
 
     def __init__(self) -> None:
         self.summary = Summary()
+        self.told: Told = lambda what, step, of: None
 
     @abstractmethod
     def plan(self, model: nn.Module, build: Build) -> None:

@@ -98,7 +98,10 @@ class Layers(Cut):
     def _judge(self, driver: Driver) -> None:
         """Which blocks go, and in which form a block answers."""
         names = self.structure.blocks
-        influence = [_influence(pairs) for pairs in driver.resident.survey(driver.model, names, driver.batches)]
+        influence = []
+        for name, pairs in zip(names, driver.resident.survey(driver.model, names, driver.batches), strict=True):
+            influence.append(_influence(pairs))
+            self.told(f"{name}: influence {influence[-1]:.4f}", 1, 1)
         order = sorted(range(len(names)), key=lambda number: influence[number])
         self.summary.parts = [
             {"name": name, "influence": influence[number], "dropped": number in order[: self._gone]}
@@ -111,6 +114,7 @@ class Layers(Cut):
 
     def block(self, driver: Driver, name: str, run: Run) -> None:
         block = driver.model.get_submodule(name)
+        self.told(f"{name} {'stays' if name in self._names else 'goes'}", 1, 1)
         if name not in self._names:
             put(driver.model, name, _Nothing(in_tuple=_in_tuple(block, run)))
             return

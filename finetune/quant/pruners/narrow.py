@@ -100,6 +100,9 @@ class Narrow(Cut):
         for p in readers:
             _take(small.get_submodule(p.name.removeprefix(f"{name}.")), chosen[p.name])
         put(driver.model, name, small)
+        for part in self.summary.parts[len(self.summary.parts) - len(readers) :]:
+            errors = f"error {part['error']:.2e} (by size {part['error_magnitude']:.2e})"
+            self.told(f"{part['name']}: {part['kept']} of {part['units']} {self.what} stay, {errors}", 1, 1)
 
     def _cannot(self, name: str, why: str) -> ModelError:
         return ModelError(
