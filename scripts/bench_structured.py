@@ -1,4 +1,4 @@
-"""Channels, heads and whole blocks cut out of trained models, chosen in several ways: KL from the dense one, perplexity.
+"""Channels, heads and whole blocks cut out of trained models, chosen in several ways: KL from the dense one.
 
 `python scripts/bench_structured.py`, with more than the embedded base on documentation by `--wiki-data FILE` (the same
 base on other text; every tenth piece is held out) and `--story-model DIR --story-data FILE`. A model is cut in memory,
@@ -7,8 +7,8 @@ seeds; what looks at no text is done once. Channels and heads are chosen by the 
 each out costs (activation), or by what is left of that once the others are fitted (loss); with that fit or without.
 Blocks are chosen by their influence on the hidden states, or evenly spread.
 
-Writes benchmarks/results/structured.json row by row, so that an interrupted benchmark goes on where it stopped, then the
-tables of docs/pruning.md (`--page` does nothing else).
+Writes benchmarks/results/structured.json row by row, so that an interrupted benchmark goes on where it stopped, then
+the tables of docs/pruning.md (`--page` does nothing else).
 """
 
 from __future__ import annotations

@@ -14,6 +14,8 @@ INCHES, DOTS = (9.0, 5.0), 120
 def plot(record: Mapping[str, Any], directory: Path) -> str:
     """Draw relative squared output errors over depth, a line for each kind of projection; what is to be said of it.
 
+    Nothing is drawn where there are no errors.
+
     Args:
         record: the report.
         directory: where `errors.png` is written, unless matplotlib is missing.
@@ -22,9 +24,11 @@ def plot(record: Mapping[str, Any], directory: Path) -> str:
         from matplotlib.figure import Figure
     except ImportError:
         return f"{PICTURE} is left out: matplotlib is not installed (the extra `plot` brings it)"
+    drawn, method, simple = _drawn(record)
+    if not drawn:
+        return ""
     figure = Figure(figsize=INCHES, dpi=DOTS, layout="constrained")
     axes = figure.add_subplot()
-    drawn, method, simple = _drawn(record)
     for number, (kind, layers) in enumerate(kinds(drawn).items()):
         colour, depth = f"C{number % 10}", range(len(layers))
         axes.plot(depth, [layer["error"] for layer in layers], color=colour, marker=".", label=kind)
@@ -35,14 +39,13 @@ def plot(record: Mapping[str, Any], directory: Path) -> str:
     axes.set_title(f"{method} (solid) and {simple} (dotted)")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
-    if drawn:
-        figure.legend(loc="outside right upper", fontsize="small")
+    figure.legend(loc="outside right upper", fontsize="small")
     figure.savefig(directory / PICTURE)
     return ""
 
 
 def _drawn(record: Mapping[str, Any]) -> tuple[Sequence[Mapping[str, Any]], str, str]:
-    """Whose errors are drawn, and what they and those beside them are called; of a cut where nothing was stored anew."""
+    """Whose errors are drawn, what they and those beside them are called; of a cut where nothing was stored anew."""
     layers = record["layers"]
     if layers:
         simple = "by magnitude" if layers[0]["sparsity"] is not None else "nearest"
