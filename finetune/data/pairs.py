@@ -121,8 +121,8 @@ def _texts(conversation: Conversation) -> tuple[str, str]:
     """
     learnt = [turn for turn in conversation.turns if turn.learn]
     if len(learnt) != 1 or not conversation.turns[-1].learn:
-        raise BadRow(f"has {len(learnt)} answers to learn: objective=seq2seq learns one, the last turn")
+        raise BadRow(f"has {len(learnt)} answers to learn: a decoder beside an encoder learns one, the last turn")
     parts = [part for turn in conversation.turns[:-1] for part in (turn.text, turn.context) if part]
     if not parts:
-        raise BadRow("has nothing to read before its answer: objective=seq2seq needs a prompt and an answer")
+        raise BadRow("has nothing to read before its answer: an encoder and its decoder need a prompt and an answer")
     return BETWEEN.join(parts), conversation.turns[-1].text
