@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -146,11 +146,28 @@ class QATLinear(FakeQuantized, LoRALinear):
 
     def __init__(self, base: FrozenLinear, target: Target, **sizes: Any) -> None:
         super().__init__(base, **sizes)
+        self._codes: tuple[Any, Any] | None = None
         self.begin(target, base.dequantize(torch.float32))
+
+    def train(self, mode: bool = True) -> Self:
+        """Let go of the integers that generation decodes."""
+        self._codes = None
+        return super().train(mode)
 
     def adapted(self, x_BI: Tensor) -> Tensor:
         """x times the rounded sum, in the dtype of x."""
-        return computed_linear(x_BI, self.bias, self._weight, *self.factors(), *self.learnt())
+        if self.training or torch.is_grad_enabled():
+            return computed_linear(x_BI, self.bias, self._weight, *self.factors(), *self.learnt())
+        return computed_linear(x_BI, self.bias, self._decoded)
+
+    def _decoded(self) -> Tensor:
+        """The same bits, from integers that are kept until what trains is written to: a token need not round anew."""
+        state = [(p._version, p.data_ptr()) for p in (*self.factors(), *self.learnt())]
+        if self._codes is None or self._codes[0] != state:
+            self._codes = (state, self.merge_into_codes())
+        kept: Any = self._codes[1]
+        w_OI: Tensor = kept.dequantize(torch.float32)
+        return w_OI
 
     def _weight(self, a_RI: Tensor, b_OR: Tensor, *learnt: Tensor) -> Tensor:
         return self.rounded(self.summed(self.base.dequantize(torch.float32), a_RI, b_OR), learnt)
@@ -180,11 +197,11 @@ class QATExperts(FakeQuantized, LoRAExperts):
 
     def stored_weight(self, expert: int | Tensor) -> Tensor:
         """The base's w_OI of one expert in float32."""
-        base = self.base
+        base: Any = self.base
         if not isinstance(base, Affine):
-            w_OI = cast(Tensor, base[expert]).float()  # type: ignore[index]
+            w_OI: Tensor = base[expert].float()
             return w_OI.mT if self.transposed else w_OI
-        codes, scale, *zero = base.expert_operand(int(expert)).tensors  # type: ignore[attr-defined]
+        codes, scale, *zero = self.base.expert_operand(int(expert)).tensors  # type: ignore[operator]
         shape = [self.out_features, self.in_features]
         return affine.dequantize_affine(
             codes, scale, zero[0] if zero else None, base.bits, base.group_size, shape, torch.float32

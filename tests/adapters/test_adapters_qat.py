@@ -146,6 +146,20 @@ def test_codes_move_under_qat_and_stay_under_scales_only() -> None:
             assert not torch.equal(module.scale, adapter.adapted[name].base.scale)
 
 
+def test_without_gradients_kept_integers_give_the_same_bits() -> None:
+    model, adapter = adapted("llama", "dense", "learned")
+    layer = adapter.adapted["model.layers.0.mlp.down_proj"]
+    for moved in (0.0, 0.5):
+        with torch.no_grad():
+            layer.lora_B.weight.add_(moved)
+        found = logits(model)
+        kept = layer._codes
+        with torch.enable_grad():
+            assert torch.equal(bits(model(ids(), use_cache=False).logits.detach()), bits(found))
+        assert torch.equal(bits(logits(model)), bits(found)) and layer._codes is kept is not None
+    assert model.train() and layer._codes is None
+
+
 def test_fitted_steps_follow_the_weight_and_learned_ones_their_gradient() -> None:
     torch.manual_seed(0)
     base = DenseLinear(8, 64)
@@ -258,7 +272,7 @@ def test_zeros_of_a_pruned_base_stay() -> None:
 
 
 def test_which_exports_it_can_have() -> None:
-    _, adapter = adapted("llama", "dense", "learned")
+    _, adapter = adapted("llama", "dense", "2 bits")
     assert export_formats("auto", adapter)[0] == ["safetensors", "bnb-nf4", "compressed-tensors"]
     with pytest.raises(ConfigError, match=r"peft cannot be written of adapter=qat: PEFT has no such method"):
         check_exports(["peft"], adapter)

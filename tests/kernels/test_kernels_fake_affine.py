@@ -69,7 +69,7 @@ def test_values_and_gradients_are_torchs_own(bits: int, size: int, width: int, s
 @pytest.mark.parametrize("zero", ["none", "integer", "real"])
 @pytest.mark.parametrize(("bits", "size", "width"), CASES)
 def test_the_gradient_of_a_step_is_that_of_its_smooth_part(bits: int, size: int, width: int, zero: str) -> None:
-    """In float64: with rounding errors held, `s (w / s + error)` where a code was not clipped and `s q` where it was."""
+    """In float64: with rounding errors held, `s (w / s + error)` where no code was clipped, `s q` where it was."""
     w_OI = weight(width).double()
     grid = grid_of(w_OI.float(), bits, size, zero)
     scale, offset = grid.scale_OG.double(), None if grid.zero_OG is None else grid.zero_OG
