@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from finetune.config import RunConfig
@@ -168,8 +169,10 @@ def export_formats(names: str | Sequence[str], adapter: Adapter | None) -> tuple
     left_out: dict[str, list[str]] = {}
     for form in chosen(AUTOMATIC):
         left_out.setdefault(export_fault(form, adapter), []).append(form.name)
+    for name, form in formats().items():
+        if adapter is not None and form.fault is not None and not form.fault(adapter):
+            left_out.setdefault(export_fault(form, adapter), []).append(name)
     able = left_out.pop("", [])
-    able += [name for name, form in formats().items() if form.fault is not None and not export_fault(form, adapter)]
     reasons = "; ".join(f"{', '.join(forms)}: {reason}" for reason, forms in left_out.items())
     return able, f"export.formats=auto leaves out {reasons}" if reasons else ""
 
@@ -184,4 +187,6 @@ def export_fault(form: Format, adapter: Adapter | None) -> str:
         return "PEFT opens one adapter at a time; adapter/ has a directory for each part"
     if form.fault is not None and (fault := form.fault(adapter)):
         return fault
+    if form.package is not None and find_spec(form.package) is None:
+        return f"{form.package} is not installed, which opens it: pip install 'finetune-kit[export]'"
     return adapter.peft_obstacle if form.loader == "peft" else ""

@@ -97,6 +97,7 @@ class Format:
             export that was asked to be quantized and is not); None checks nothing.
         fault: says why an adapter cannot be written so, in words, or nothing; None is for what the rest says already. A
             format with one is for some methods alone: `export.formats=auto` writes it where there is no fault.
+        package: what its runtime imports besides transformers, and has to be installed to prove it; None for nothing.
     """
 
     name: str
@@ -108,6 +109,7 @@ class Format:
     write: Callable[[ExportSource, Path], Written]
     check: Callable[[Written, Sequence[StoredTensor]], str | None] | None = None
     fault: Callable[[Adapter], str] | None = None
+    package: str | None = None
 
 
 @dataclass

@@ -11,6 +11,7 @@ import torch
 from adapters_models import bits, frozen, ids, logits, make, randomize
 from torch import nn
 
+from finetune import checks
 from finetune.adapters.attach import attach
 from finetune.adapters.base import Adapter
 from finetune.adapters.lora import LoRAConfig
@@ -271,9 +272,17 @@ def test_zeros_of_a_pruned_base_stay() -> None:
         assert not module.dequantize(torch.float32)[:, ::2].any(), name
 
 
-def test_which_exports_it_can_have() -> None:
+def test_which_exports_it_can_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "find_spec", lambda name: object())
     _, adapter = adapted("llama", "dense", "2 bits")
     assert export_formats("auto", adapter)[0] == ["safetensors", "bnb-nf4", "compressed-tensors"]
+    with monkeypatch.context() as patch:
+        patch.setattr(checks, "find_spec", lambda name: None)
+        formats, said = export_formats("auto", adapter)
+        assert formats == ["safetensors", "bnb-nf4"]
+        assert "compressed-tensors: compressed_tensors is not installed, which opens it: pip install" in said
+        with pytest.raises(ConfigError, match=r"compressed_tensors is not installed, which opens it"):
+            check_exports(["compressed-tensors"], adapter)
     with pytest.raises(ConfigError, match=r"peft cannot be written of adapter=qat: PEFT has no such method"):
         check_exports(["peft"], adapter)
     refused = {

@@ -152,4 +152,5 @@ FORMAT = Format(
     write=write,
     check=check,
     fault=fault,
+    package="compressed_tensors",
 )
