@@ -85,14 +85,14 @@ class Driver:
         self.cut = cut
         self.todo = self._todo(structure if cut is None else cut.structure)
         self.heads = list(head_of(model, quant, structure))
-        for p in self.todo:
+        for p in (*self.todo, *self.heads):
             rounder.check_layer(p.name, p.out_features * p.experts, p.in_features)
             QUANTIZERS.build(quant, p.out_features, p.in_features, device="meta")  # refuses sizes that it cannot hold
         self.layers: list[Layer] = list(self.resident.layers)
 
     @torch.no_grad()
     def go(self) -> list[Layer]:
-        """Quantize every projection of the blocks, and the head, to nearest, where the format says so.
+        """Quantize every projection of the blocks, and the head where the format says so.
 
         Raises:
             ModelError: when a weight is not finite.
@@ -114,11 +114,23 @@ class Driver:
                 self._quantize(p, [None] * p.experts if self.batches else [])
         for p in self.heads:
             replace_projection(self.model, DenseConfig(), p)
-            self._quantize(p, [])
+            self._quantize(p, [self._read_by_head(p)] if self.batches else [])
         freeze(self.model, self.quant, replace(self.structure, projections=()))
         self.model.train(was_training)
         order = [p.name for p in (*self.todo, *self.heads)]
         return sorted(self.layers, key=lambda layer: order.index(layer.name))
+
+    def _read_by_head(self, p: Projection) -> Gram:
+        """What the head reads in the quantized model, over all batches."""
+        gram = Gram()
+
+        def saw(_name: str, _expert: int, x: Tensor) -> None:
+            gram.add(x)
+            raise Enough
+
+        with watching(self.model, [p], saw):
+            self.resident.predict(self.model, self.batches)
+        return gram
 
     def _todo(self, structure: Structure) -> list[Projection]:
         """The projections that are to be stored anew."""

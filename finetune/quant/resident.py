@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from finetune.quant.dense import DenseConfig, DenseExperts, DenseLinear
 from finetune.quant.freeze import empty_frozen, freeze
 from finetune.quant.layer import Layer
 from finetune.quant.packed import PackedWeight
-from finetune.quant.replay import Batch, Calls, Sink, inputs_of, record
+from finetune.quant.replay import Batch, Calls, Enough, Sink, inputs_of, record
 from finetune.structure.base import Projection, Structure
 
 
@@ -65,6 +66,12 @@ class Resident:
 
     def leave(self, number: int, block: str, layers: Sequence[Layer]) -> None:
         """A block is quantized, and its output known; nothing asks for it again."""
+
+    def predict(self, model: nn.Module, batches: Sequence[Batch]) -> None:
+        """Run the model, its blocks quantized, no further than what is looked at."""
+        for batch in batches:
+            with suppress(Enough):
+                model(**batch)
 
 
 @torch.no_grad()

@@ -69,8 +69,6 @@ class IntegerConfig(QuantConfig):
             raise ConfigError(f"quant.activations is {self.activations}: expected token or tensor")
         if self.static and self.activations == "token":
             raise ConfigError("quant.static=true fixes one scale for all tokens: expected quant.activations=tensor")
-        if self.static and self.head:
-            raise ConfigError("quant.static=true with quant.head=true: the head is not calibrated, expected head=false")
         if self.clip not in ("none", "token_wise"):
             raise ConfigError(f"quant.clip is {self.clip}: expected none or token_wise")
         if self.clip != "none" and not self.static:

@@ -7,6 +7,7 @@ that both models' last hidden states are known in the end and neither was ever w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from finetune.export.merge import Stock
 from finetune.model.blocks import BlockReader
 from finetune.quant.driver import CALIBRATION
 from finetune.quant.layer import Layer
-from finetune.quant.replay import Batch, Calls, Sink
+from finetune.quant.replay import Batch, Calls, Enough, Sink
 from finetune.quant.resident import Resident, pairs
 from finetune.quant.standins import Answer, ending, rehearse
 from finetune.quantize.measure import Figures, Measure
@@ -62,6 +63,7 @@ class OneBlock(Resident):
         self.finished, self.layers = state.finished, state.layers
         self._stock = Stock.of(self.model)
         self._followers: dict[str, Calls] = {}
+        self._head = self.model.get_submodule(structure.head) if structure.head else None  # dense, to compare with
 
     def begin(self, model: nn.Module, structure: Structure) -> None:
         """See how held-out text goes through the blocks."""
@@ -115,6 +117,15 @@ class OneBlock(Resident):
         self.model.get_submodule(block).to("meta")
         self.reader.release()
 
+    def predict(self, model: nn.Module, batches: Sequence[Batch]) -> None:
+        blocks = self.structure.stacks[0].blocks
+        hidden = self.state.lane(CALIBRATION, len(blocks), self.device)
+        with ending(model, blocks, self.answer) as give:
+            for batch, states in zip(batches, hidden, strict=True):
+                give(states)
+                with suppress(Enough):
+                    model(**batch)
+
     def quality(self) -> Figures | None:
         """The quantized model against the dense one on the held-out text; None without any."""
         if not self.rows:
@@ -123,18 +134,34 @@ class OneBlock(Resident):
         dense, quantized = self._followers[DENSE].hidden, self._followers[QUANTIZED].hidden
         with ending(self.model, self.structure.stacks[0].blocks, self.answer) as give:
 
-            def after(hidden: Tensor) -> Any:
+            def after(hidden: Tensor, head: nn.Module | None) -> Any:
                 def model(**inputs: Any) -> Any:
                     give(hidden)
-                    return self.model(**inputs)
+                    with self._headed(head):
+                        return self.model(**inputs)
 
                 return model
 
             for row, one, other in zip(self.rows, dense, quantized, strict=True):
-                pair = [self.measure.seen(after(hidden), [row], self.device) for hidden in (one, other)]
+                answers = (after(one, self._head), after(other, None))
+                pair = [self.measure.seen(model, [row], self.device) for model in answers]
                 for before, now in zip(*pair, strict=True):
                     comparison.add(before, now)
         return comparison.figures()
+
+    @contextmanager
+    def _headed(self, head: nn.Module | None) -> Iterator[None]:
+        """Within it, the model has another head; None leaves its own."""
+        name = self.structure.head
+        if head is None or name is None:
+            yield
+            return
+        own = self.model.get_submodule(name)
+        _put(self.model, name, head)
+        try:
+            yield
+        finally:
+            _put(self.model, name, own)
 
     def _follow(self, lane: str, number: int, block: str) -> None:
         """Take held-out text through a block as it is now."""

@@ -236,7 +236,6 @@ REFUSED = [
     ({"weights": "row"}, "quant.weights is row: expected channel or tensor"),
     ({"activations": "channel"}, "quant.activations is channel: expected token or tensor"),
     ({"static": True}, "quant.static=true fixes one scale for all tokens: expected quant.activations=tensor"),
-    ({"static": True, "activations": "tensor", "head": True}, "the head is not calibrated"),
     ({"group_size": 0}, "quant.group_size is 0: expected 2 or more, or -1 for whole rows"),
     ({"group_size": 64, "weights": "tensor"}, "expected quant.weights=channel, or group_size=-1"),
 ]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from quantize_models import TOKENIZER, logits, run, save
+from quantize_models import TOKENIZER, logits, run, save, text
 from transformers import AutoModelForCausalLM
 
 import finetune as ft
@@ -76,3 +76,43 @@ def test_the_compressed_tensors_package_decodes_the_head_too(base: Path, tmp_pat
         assert torch.equal(stock.get_submodule(name).weight, decoded), name
     exact = "dequantize" not in told
     assert (theirs - logits(ours)).norm() < (1e-5 if exact else 0.02) * theirs.norm()
+
+
+@pytest.mark.parametrize("streamed", [True, False], ids=["streamed", "whole"])
+def test_the_head_is_calibrated_on_what_it_reads(
+    base: Path, tmp_path: Path, streamed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error is that of the head's outputs on what the quantized blocks hand it, and GPTQ makes it smaller."""
+    if not streamed:
+        monkeypatch.setattr("finetune.model.blocks._why_whole", lambda *_: "a test asks for it")
+    rows = text(tmp_path / "rows.jsonl")
+    settings = ("quant=int3", "quant.group_size=64", "quant.head=true", "calibrator=gptq")
+    record = run(base, rows, tmp_path / "out", *settings)
+    head = record["layers"][-1]
+    assert head["name"] == "lm_head" and head["error"] < 0.9 * head["error_rtn"] and head["samples"] > 500
+    stock = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).eval()
+    ours, tokenizer = ft.load(str(tmp_path / "out"), dtype="bf16", device="cpu")
+    told = [json.loads(line)["text"] for line in rows.read_text("utf-8").splitlines()]
+    reads: list[torch.Tensor] = []
+    ours.lm_head.register_forward_pre_hook(lambda _module, args: reads.append(args[0].double().flatten(0, -2)))
+    for row in told[:8]:
+        with torch.no_grad():
+            ours(**tokenizer(row, return_tensors="pt"), use_cache=False)
+    x_MI, w_OI = torch.cat(reads), stock.lm_head.weight.detach().double()
+    gone_OI = ours.lm_head.dequantize(torch.float32).double() - w_OI
+    assert float((x_MI @ gone_OI.T).pow(2).sum() / (x_MI @ w_OI.T).pow(2).sum()) == pytest.approx(
+        head["error"], rel=0.3
+    )
+    # What the dense model predicts is told of the dense head, not of the one in its place.
+    measured = record["quality"]["loss_dense"]
+    plain = run(base, rows, tmp_path / "plain", *settings[:2], "calibrator=gptq")["quality"]["loss_dense"]
+    assert measured == pytest.approx(plain, rel=1e-6)
+
+
+def test_a_head_with_a_static_scale(base: Path, tmp_path: Path) -> None:
+    static = ("quant=w8a8", "quant.activations=tensor", "quant.static=true", "quant.head=true")
+    run(base, text(tmp_path / "rows.jsonl"), tmp_path / "out", *static)
+    model, _ = ft.load(str(tmp_path / "out"), dtype="fp32", device="cpu")
+    assert model.lm_head.input_scale.shape == (1,) and float(model.lm_head.input_scale) > 0
+    stock = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    assert (logits(model) - logits(stock)).norm() < 0.1 * logits(stock).norm()
