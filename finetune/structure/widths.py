@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -170,12 +170,22 @@ def narrow_heads(model: nn.Module, heads: Heads, groups: int, build: Build) -> A
         if small is None or not changed or set(_narrowed(model, small)) != set(flow.attention_output):
             continue
         in_proportion = all(s.after * heads.groups == s.before * groups for s in changed.values())
-        if in_proportion and wanted <= {name.rpartition(".")[0] for name in changed}:
+        everywhere = wanted <= {name.rpartition(".")[0] for name in changed}
+        if in_proportion and everywhere and _has(small, heads, groups):
             return with_settings(model.config, settings)
     raise ModelError(
         f"{type(model).__name__} cannot lose heads: no entries of its configuration give {groups} of its"
         f" {heads.groups} heads of keys and values with a width of {heads.key_width} each"
     )
+
+
+def _has(small: nn.Module, heads: Heads, groups: int) -> bool:
+    """Whether a model has so many groups of heads, as wide as they were: narrower heads would have the same shapes."""
+    try:
+        found = heads_of(small)
+    except ModelError:
+        return False
+    return found == replace(heads, queries=heads.queries // heads.groups * groups, groups=groups)
 
 
 def _head_settings(model: nn.Module, heads: Heads, groups: int, build: Build) -> Iterator[dict[str, int]]:

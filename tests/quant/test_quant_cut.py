@@ -116,6 +116,14 @@ def test_what_cannot_be_cut_is_refused_without_weights(family: str, settings: An
     assert "\n" not in str(caught.value)
 
 
+def test_a_share_that_the_family_cannot_have_names_one_that_it_can() -> None:
+    """Llama's configuration wants its width to be a multiple of its heads, so it can have 4 of 8, but not 6."""
+    config = families.config_of("Llama")
+    config.hidden_size, config.num_attention_heads, config.num_key_value_heads = 64, 8, 4
+    with pytest.raises(ConfigError, match=r"3 of its 4 heads of keys and values: expected 0\.5, which leaves 2"):
+        PRUNERS.build(HeadsConfig()).plan(families.build(config), families.build)
+
+
 def test_heads_that_a_norm_sees_together_are_refused_by_the_first_block() -> None:
     with pytest.raises(ModelError, match=r"Olmo2ForCausalLM cannot lose heads: a smaller model\.layers\.0 does not"):
         families.cut(families.model_of("Olmo2"), HeadsConfig(sparsity=0.5))

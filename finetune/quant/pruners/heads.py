@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from finetune.errors import ConfigError
+from finetune.errors import ConfigError, ModelError
 from finetune.quant.pruners.base import PRUNERS
 from finetune.quant.pruners.cut import part_of
 from finetune.quant.pruners.narrow import Narrow
@@ -44,7 +44,30 @@ class HeadsCut(Narrow):
                 f" that {type(model).__name__} has: "
                 + (f"expected {1 / groups:.4g} or more" if groups > 1 else "heads cannot be cut where there is one")
             )
-        return narrow_heads(model, self._heads, groups - gone, build)
+        try:
+            return narrow_heads(model, self._heads, groups - gone, build)
+        except ModelError:
+            self._refuse_share(model, groups - gone, build)
+            raise
+
+    def _refuse_share(self, model: nn.Module, stay: int, build: Build) -> None:
+        """Name a share that can be had where this one cannot: families whose width their heads have to divide.
+
+        Raises:
+            ConfigError: where there is one.
+        """
+        groups = self._heads.groups
+        other = max((n for n in range(1, groups) if groups % n == 0 and n != stay), default=0)
+        try:
+            if other:
+                narrow_heads(model, self._heads, other, build)
+        except ModelError:
+            return
+        if other:
+            raise ConfigError(
+                f"pruner.sparsity is {self.settings.sparsity}, but no configuration gives {type(model).__name__} {stay}"
+                f" of its {groups} heads of keys and values: expected {1 - other / groups:.4g}, which leaves {other}"
+            )
 
     def units(self, reader: Projection) -> int:
         return self._heads.groups
