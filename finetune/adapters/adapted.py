@@ -49,7 +49,7 @@ class AdaptedWeight(Mounted, ABC):
     def kept(self) -> Tensor | None:
         """Where weights may be other than zero, bool, as `base.dequantize` lays them out; None where all may."""
         pruned = self.pruned_base()
-        return None if pruned is None else pruned.dequantize(torch.float32) != 0
+        return None if pruned is None else ~pruned.cleared()
 
     def below(self) -> dict[str, Tensor]:
         """The same of what another adapter has put under this one; empty where this one stands on the base itself."""

@@ -15,7 +15,10 @@ from torch import Tensor, nn
 
 from finetune.adapters.adapted import AdaptedExperts, AdaptedLinear
 from finetune.kernels.lora import lora_linear
+from finetune.kernels.masked_lora import masked_lora_linear
+from finetune.kernels.products import autocast
 from finetune.quant.base import FrozenExperts, FrozenLinear
+from finetune.quant.dense import DenseLinear
 
 
 class Factor(nn.Module):
@@ -85,9 +88,9 @@ class LoRALinear(AdaptedLinear):
     def adapted(self, x_BI: Tensor) -> Tensor:
         """base(x) + s B A dropout(x), in the dtype of x."""
         dropout = self.dropout if self.training else 0.0
-        factors, kept_OI = self.factors(), self.kept()
-        if kept_OI is not None:
-            return self._masked(x_BI, kept_OI, dropout)
+        if self.pruned_base() is not None:
+            return self._masked(x_BI, dropout)
+        factors = self.factors()
         if not isinstance(self.base, FrozenLinear):  # another adapter: the fused product knows stored weights alone
             a_RI, b_OR = (factor.to(x_BI.dtype) for factor in factors)
             low_BR = F.linear(F.dropout(x_BI, dropout), a_RI) * self.scaling
@@ -95,16 +98,20 @@ class LoRALinear(AdaptedLinear):
             return y_BO + F.linear(low_BR, b_OR)
         return lora_linear(x_BI, self.base.bias, self.stored.operand(), *factors, self.scaling, dropout=dropout)
 
-    def _masked(self, x_BI: Tensor, kept_OI: Tensor, dropout: float) -> Tensor:
+    def _masked(self, x_BI: Tensor, dropout: float) -> Tensor:
         """The same with mask * (W + s B A), which is what a pruned weight merges into."""
-        a_RI, b_OR = self.factors()
-        delta_OI = torch.where(kept_OI, self.scaling * (b_OR @ a_RI), 0).to(x_BI.dtype)
-        if self.stored is self.base:
+        x_BI, bias_O = autocast(x_BI, self.bias)
+        product = (*self.factors(), self.scaling, self.pruned_base().cleared)
+        stored, own = self.stored, self.stored is self.base
+        # In 16 bits the sum would round most of the product away.
+        whole = isinstance(stored, DenseLinear) and x_BI.dtype in (torch.float32, torch.float64)
+        if whole and not dropout:
+            return masked_lora_linear(x_BI, *product, lambda: stored.dequantize(x_BI.dtype), bias_O)
+        if own:
             y_BO: Tensor = self.base(x_BI)
         else:
-            w_OI = torch.where(kept_OI, self.stored.dequantize(x_BI.dtype), 0)
-            y_BO = F.linear(x_BI, w_OI, None if self.bias is None else self.bias.to(x_BI.dtype))
-        return y_BO + F.linear(F.dropout(x_BI, dropout), delta_OI)
+            y_BO = F.linear(x_BI, stored.dequantize(x_BI.dtype).masked_fill(product[3](), 0), bias_O)
+        return y_BO + masked_lora_linear(F.dropout(x_BI, dropout), *product)
 
     def merge(self, weight: Tensor) -> Tensor:
         """w_OI + s B A, in float32."""

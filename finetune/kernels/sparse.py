@@ -10,7 +10,7 @@ Nothing is rounded. Two layouts:
 - groups: of every `group` inputs in a row `kept` values, `values` [.., O, G * K], and for each its place in the group,
   in ascending order: 2, 3 or 4 bits for groups of 4, 8 or 16, packed as in kernels/affine.py, `places` [.., O, P]. A
   group with fewer that are not zero keeps zeros. For 2:4 these bytes are the metadata of NVIDIA's sparse matrix units
-  (Mishra et al. 2021, arXiv:2104.08378, section 2), before CUTLASS's reordering (kernels/sparse24.py).
+  (Mishra et al. 2021, arXiv:2104.08378, section 2), before CUTLASS puts it in the order that these read.
 
 `finetune::dequantize_sparse`, `finetune::linear_sparse` and `finetune::input_gradient_sparse`: see products.py.
 """

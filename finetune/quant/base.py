@@ -70,6 +70,10 @@ class FrozenWeight(nn.Module, ABC):
     def bits_per_weight(self) -> float:
         """Bits of storage per weight, scales included, bias excluded."""
 
+    def cleared(self) -> Tensor:
+        """Where stored weights are exactly zero, bool, laid out as `dequantize` does."""
+        return self.dequantize(torch.float32) == 0  # type: ignore[operator]
+
     def uncoupled(self) -> AbstractContextManager[object]:
         """Within it a row of the input takes no part in what another row gives; a format whose rows do says how.
 

@@ -82,6 +82,9 @@ class DenseLinear(_Dense, FrozenLinear):
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         return self._weight_OI.detach().to(dtype)
 
+    def cleared(self) -> Tensor:
+        return self._weight_OI == 0
+
     def operand(self) -> Operand:
         return Operand([self._weight_OI], "dense", self.out_features, self.in_features)
 
@@ -139,6 +142,9 @@ class DenseExperts(_Dense, FrozenExperts):
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         return self.weight.detach().to(dtype)
+
+    def cleared(self) -> Tensor:
+        return self.weight == 0
 
     def requantize(self, w_EOI: Tensor) -> DenseExperts:
         new = DenseExperts(

@@ -146,6 +146,9 @@ class Sparse(PackedWeight):
         """Stored tensors of one matrix as operators take them."""
         return Operand([places_OP, values], f"sparse:{self.kept}:{self.group}", self.out_features, self.in_features)
 
+    def cleared(self) -> Tensor:
+        return self.dequantize(self.values.dtype) == 0  # type: ignore[operator]
+
     def settings(self) -> SparseWeightConfig:
         return SparseWeightConfig()
 

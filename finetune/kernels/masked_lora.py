@@ -1,0 +1,96 @@
+"""LoRA on a pruned weight: a low-rank product whose zeros are those of the weight it belongs to.
+
+`y = x (M o (W + s B A))^T + b`, M being 0 where the weight has to be zero. Unlike the plain product this one cannot be
+multiplied a rank at a time: M o B A is formed in every pass. Its gradient wants `g^T x`, a product as large as the
+layer's own; with W in the sum that is three such products for a forward and a backward pass, for two of the plain one.
+
+Shape suffixes: B leading dimensions, N rows (B flattened), O out features, I in features, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from finetune.kernels.autocast import no_autocast
+from finetune.kernels.products import autocast
+
+Dense = Callable[[], Tensor]
+"""Gives a frozen [O, I], decoded or not."""
+
+
+def masked_lora_linear(
+    x_BI: Tensor,
+    a_RI: Tensor,
+    b_OR: Tensor,
+    scaling: float,
+    cleared: Dense,
+    base: Dense | None = None,
+    bias_O: Tensor | None = None,
+) -> Tensor:
+    """`x_BI @ (M o (W + scaling * B A)).T + bias` in the dtype of `x_BI`.
+
+    The gradient flows to x, A, B and the bias, once; there is no second derivative. Under autocast `x_BI` is cast.
+
+    Args:
+        a_RI, b_OR: the factors, in any float dtype; cast to that of `x_BI`, and their gradients come in their own.
+        scaling: s.
+        cleared: bool, where M is 0.
+        base: W, in the dtype of `x_BI`; None for nothing.
+    """
+    x_BI, bias_O = autocast(x_BI, bias_O)
+    with no_autocast(x_BI):
+        w_OI = None if base is None else base()
+        return _Masked.apply(x_BI, bias_O, a_RI.to(x_BI.dtype), b_OR.to(x_BI.dtype), scaling, cleared(), w_OI)
+
+
+def _weight(a_RI: Tensor, b_OR: Tensor, cleared_OI: Tensor, w_OI: Tensor | None) -> Tensor:
+    """M o (W + B A), in memory as W is, so that a product has the bits that it has with W alone."""
+    if w_OI is None:
+        sum_OI = b_OR @ a_RI
+    elif w_OI.is_contiguous():
+        sum_OI = torch.addmm(w_OI, b_OR, a_RI)
+    else:
+        sum_OI = torch.addmm(w_OI.t(), a_RI.t(), b_OR.t()).t()
+    return sum_OI.masked_fill_(cleared_OI, 0)
+
+
+class _Masked(torch.autograd.Function):
+    """Keeps the sum and the mask for the backward: to form them again costs more than they take, in 16 bits."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scaling: float,
+        cleared: Tensor,
+        w: Tensor | None,
+    ) -> Tensor:
+        weight_OI = _weight(a, b * scaling, cleared, w)
+        ctx.save_for_backward(x, a, b, cleared, weight_OI)
+        ctx.scaling = scaling
+        # What is made of flattened rows may be a view, which nobody may write to: models add to outputs in place.
+        return torch.nn.functional.linear(x, weight_OI, bias).detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BO: Tensor) -> tuple[Any, ...]:
+        x_BI, a_RI, b_OR, cleared_OI, weight_OI = ctx.saved_tensors
+        need_x, need_bias, need_a, need_b, *_ = ctx.needs_input_grad
+        grad_NO, x_NI = grad_BO.reshape(-1, grad_BO.shape[-1]), x_BI.reshape(-1, x_BI.shape[-1])
+        grad_a = grad_b = None
+        with no_autocast(grad_BO):
+            if need_a or need_b:
+                of_sum_OI = (grad_NO.t() @ x_NI).masked_fill_(cleared_OI, 0)
+                grad_a = (b_OR.t() @ of_sum_OI).mul_(ctx.scaling)
+                grad_b = (of_sum_OI @ a_RI.t()).mul_(ctx.scaling)
+            grad_x = grad_BO @ weight_OI if need_x else None
+            grad_bias = grad_NO.sum(dim=0) if need_bias else None
+        return grad_x, grad_bias, grad_a, grad_b, None, None, None
