@@ -134,8 +134,10 @@ def heads_of(model: nn.Module) -> Heads:
     """
     found = attending(model)
     name = type(model).__name__
-    if found is None or found.others:
+    if found is None:
         raise ModelError(f"{name} cannot lose heads: its attention does not come by transformers' attention interface")
+    if found.others:
+        raise ModelError(f"{name} cannot lose heads: {found.others[0]} attends beside its last stack's own attention")
     kinds = {Heads(m.queries, m.heads, m.key_width, m.value_width) for m in found.modules}
     if len(kinds) > 1:
         raise ModelError(f"{name} cannot lose heads: its blocks differ in them, and a configuration names one number")
