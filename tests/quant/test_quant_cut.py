@@ -61,6 +61,20 @@ def test_a_block_that_does_nothing_goes_and_nothing_changes(family: str) -> None
     torch.testing.assert_close(families.logits(stock), wanted, atol=1e-5, rtol=1e-5)
 
 
+def test_the_influence_of_a_block_is_what_it_turns_the_hidden_states_by() -> None:
+    model = families.model_of("Gemma2")
+    with torch.no_grad():
+        seen = [model(**batch, output_hidden_states=True).hidden_states for batch in families.batches()]
+    wanted = []
+    for before, after in [(0, 1), (1, 2), (2, 3)]:  # what comes behind the last block is normed already
+        cosines = [torch.cosine_similarity(states[before], states[after], dim=-1) for states in seen]
+        wanted.append(1 - float(torch.cat(cosines).mean()))
+    found = families.cut(model, LayersConfig(sparsity=0.5)).summary.parts
+    assert [part["influence"] for part in found[:3]] == pytest.approx(wanted, abs=1e-6)
+    gone = sorted(found, key=lambda part: part["influence"])[:2]
+    assert all(part["dropped"] == (part in gone) for part in found)
+
+
 @pytest.mark.parametrize(
     ("family", "settings"),
     [

@@ -65,12 +65,13 @@ class Cut(ABC):
     """A smaller model in the making. Used once.
 
     Attributes:
-        config: of the small model, of transformers; once `plan` was called.
+        original, config: of the large and of the small model, of transformers; once `plan` was called.
         structure: of the small model, its blocks and projections called what they are called in the large one.
         summary: what there is to report.
         told: called once a block was cut, or looked at.
     """
 
+    original: Any
     config: Any
     structure: Structure
 
@@ -83,7 +84,7 @@ class Cut(ABC):
         """Decide how small the model becomes.
 
         Args:
-            model: of transformers, on the meta device.
+            model: of transformers, on the meta device; it is the cut's from now on.
             build: makes the model of a configuration, on the meta device.
 
         Raises:
@@ -109,12 +110,11 @@ class Cut(ABC):
 
     def finish(self, model: nn.Module) -> dict[str, str]:
         """Make the model one of the small configuration; by the old names of blocks, the new ones where they differ."""
-        config: Any = model.config
-        for key, value in self.config.get_text_config().to_dict().items():
-            old = config.get_text_config().to_dict().get(key)
-            if old != value and not key.startswith("_"):
-                self.summary.before[key], self.summary.after[key] = old, value
-        self.config._name_or_path = config._name_or_path
+        before, after = (config.get_text_config().to_dict() for config in (self.original, self.config))
+        for key, value in after.items():
+            if before.get(key) != value:
+                self.summary.before[key], self.summary.after[key] = before.get(key), value
+        self.config._name_or_path = model.config._name_or_path  # type: ignore[union-attr]
         model.config = self.config  # type: ignore[assignment]
         return {}
 

@@ -72,7 +72,7 @@ class Layers(Cut):
                 + (f"expected {1 / number:.4g} or more" if number > 1 else "there is nothing to cut")
             )
         # Which ones go is seen on text; that some can is seen now.
-        self.config = cut_config(model, range(number - self._gone), build)
+        self.original, self.config = model.config, cut_config(model, range(number - self._gone), build)
 
     def begin(self, driver: Driver) -> None:
         if not self.summary.parts:

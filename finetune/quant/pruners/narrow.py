@@ -70,7 +70,7 @@ class Narrow(Cut):
         return ()
 
     def plan(self, model: nn.Module, build: Build) -> None:
-        self.config = self.narrowed(model, build)
+        self.original, self.config = model.config, self.narrowed(model, build)
         full = inspect(model)
         self._small = build(self.config)
         self.structure = inspect(self._small)
