@@ -1,10 +1,11 @@
 """QAT against quantizing afterwards, at 3 and 2 bits on the embedded base: `python scripts/bench_qat.py`.
 
-Every model trains on the same pieces of documentation, in the same order and for as many steps (plain next-token loss,
-AdamW, 5 steps of warm-up, cosine), and is measured on pieces of the held-out half: the base as it is, quantized by
-GPTQ; LoRA on the dense base, merged and then quantized by GPTQ; and `adapter=qat`, whose merged weights are the
-integers. Groups of 32 with integer zero points, defaults otherwise; GPTQ is calibrated on training pieces. `--steps`
-alone measures a training step of both instead, taking turns, in seconds of the CPU on one thread.
+Every model trains on the same pieces of documentation, in the same order, for as many steps and at the same rate (plain
+next-token loss, AdamW, 5 steps of warm-up, cosine), and is measured on pieces of the held-out half: the base as it is,
+quantized by GPTQ; LoRA on the dense base, merged and then quantized by GPTQ; `adapter=qat`, whose merged weights are
+the integers; and `adapter=qat_scales` on the base quantized by GPTQ, at the rate of its own. Groups of 32 with integer
+zero points, defaults otherwise; GPTQ is calibrated on training pieces. `--steps` alone measures a training step of LoRA
+and of QAT instead, taking turns, in seconds of the CPU on one thread.
 
 Writes benchmarks/results/qat.json row by row, so that an interrupted benchmark goes on where it stopped (`--seed` keeps
 to one seed), then the tables of docs/qat.md.
@@ -30,12 +31,12 @@ from machine import describe_machine  # noqa: E402
 RESULT, PAGE = ROOT / "benchmarks" / "results" / "qat.json", ROOT / "docs" / "qat.md"
 START, END = "<!-- made by scripts/bench_qat.py -->", "<!-- end of scripts/bench_qat.py -->"
 BITS, SEEDS, GROUP = (3, 2), (0, 1, 2), 32
-STEPS, LENGTH, EVAL, CALIBRATION = 100, 256, 8, 24
+STEPS, LENGTH, EVAL, CALIBRATION = 60, 256, 8, 24
 """Optimizer steps of one piece each, tokens of a piece, pieces that are measured on, pieces that GPTQ looks at."""
-RATE, WARM_UP = 2e-3, 5
+RATE, WARM_UP = 4e-3, 5
 TIMED, TURNS = (128, 512), 7
 """Tokens of a timed step, and how often both take their turn."""
-DENSE, PTQ, LORA, LORA_PTQ, QAT = "base", "base, GPTQ", "LoRA", "LoRA, GPTQ", "QAT"
+DENSE, PTQ, LORA, LORA_PTQ, QAT, SCALES = "base", "base, GPTQ", "LoRA", "LoRA, GPTQ", "QAT", "GPTQ, scales"
 Row = dict[str, Any]
 
 
@@ -70,20 +71,20 @@ class Base:
         """Nats a token on the held-out half."""
         return float(self.reference.compare(model)["loss"])
 
-    def trained(self, config: Any, seed: int) -> tuple[Any, Any]:
-        """A copy that has trained with an adapter, and the adapter."""
+    def trained(self, config: Any, seed: int, model: Any = None, rate: float = RATE) -> tuple[Any, Any]:
+        """A copy of a model, by default the dense one, that has trained with an adapter, and the adapter."""
         import torch
 
         from finetune.adapters.attach import attach
 
-        twin = copy.deepcopy(self.model)
+        twin = copy.deepcopy(self.model if model is None else model)
         torch.manual_seed(seed)
         adapter = attach(twin, config)
         step = stepping(twin, adapter)
         twin.train()
         for number, piece in enumerate(self.shuffled(seed)):
             share = min(1, (number + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * number / STEPS))
-            step(piece[None], RATE * share)
+            step(piece[None], rate * share)
         return twin.eval(), adapter
 
     def gptq(self, model: Any, bits: int, seed: int) -> Any:
@@ -129,6 +130,7 @@ def measure(base: Base, seed: int, rows: list[Row]) -> None:
     """All rows of a seed that are missing, what others start from first."""
     from finetune.adapters.lora import LoRAConfig
     from finetune.adapters.qat import QATConfig
+    from finetune.adapters.qat_scales import QATScalesConfig
 
     done = {(row["method"], row["bits"]) for row in rows if row["seed"] == seed}
     for bits in BITS:
@@ -144,8 +146,10 @@ def measure(base: Base, seed: int, rows: list[Row]) -> None:
         for bits in BITS:
             add(seed, LORA_PTQ, bits, base.loss(base.gptq(model, bits, seed)))
     for bits in BITS:
-        if (PTQ, bits) not in done:
-            add(seed, PTQ, bits, base.loss(base.gptq(base.model, bits, seed)))
+        if (SCALES, bits) not in done:
+            model, scales = base.gptq(base.model, bits, seed), QATScalesConfig()
+            add(seed, PTQ, bits, base.loss(model))
+            add(seed, SCALES, bits, base.loss(base.trained(scales, seed, model, scales.learning_rate)[0]))
     if not seed and (DENSE, 0) not in done:
         add(seed, DENSE, 0, base.loss(base.model))
 
@@ -198,16 +202,20 @@ def write(document: dict[str, Any]) -> None:
     RESULT.write_text(json.dumps(whole, indent=1) + "\n", "utf-8")
 
 
+LINES = (
+    ("the base, and GPTQ of it", DENSE, PTQ),
+    ("LoRA, and GPTQ after merging", LORA, LORA_PTQ),
+    ("`adapter=qat`", "", QAT),
+    ("GPTQ of the base, then `adapter=qat_scales`", "", SCALES),
+)
+
+
 def table(rows: list[Row]) -> list[str]:
     """Perplexities, the mean and the range over seeds."""
     lines = ["| held-out perplexity | dense | 3 bits | 2 bits |", "| --- | ---: | ---: | ---: |"]
-    for title, dense, rounded in (
-        ("the base, and GPTQ of it", DENSE, PTQ),
-        ("LoRA, then GPTQ", LORA, LORA_PTQ),
-        (QAT, "", QAT),
-    ):
+    for title, dense, rounded in LINES:
         cells = []
-        for method, bits in ((dense, 0), (rounded, 3), (rounded, 2)):
+        for method, bits in ((dense, 0), *((rounded, bits) for bits in BITS)):
             found = [row["perplexity"] for row in rows if row["method"] == method and row["bits"] == bits]
             spread = f" ({min(found):.2f} to {max(found):.2f})" if len(found) > 1 else ""
             cells.append(f"{statistics.mean(found):.2f}{spread}" if found else "")

@@ -33,6 +33,8 @@ from finetune.structure import Projection
 LEARNED, FITTED = "learned", "fitted"
 GRID = ("bits", "group_size", "symmetric")
 """Settings of the integers, which a base that is stored in integers has decided."""
+STEP_RATE = 2.0
+"""How many times as fast as the factors scales learn."""
 OWN = (*GRID, "steps", "mse")
 """Settings over LoRA's."""
 
@@ -55,6 +57,7 @@ class QATConfig(LoRAConfig):
     trains_besides: ClassVar[bool] = False
 
     name: str = "qat"
+    learning_rate: float = 4e-3
     bits: int | None = None
     group_size: int | None = None
     symmetric: bool | None = None
@@ -146,6 +149,10 @@ class QATAdapter(IntegerAdapter, LoRAAdapter):
     def _target(self, base: FrozenWeight) -> Target:
         settings = base.settings() if isinstance(base, Affine) else self.config.settings()
         return Target(settings, self.config.steps == LEARNED, self.config.mse)
+
+    def learning_rate_scales(self) -> dict[str, float]:
+        """Scales move by a share of themselves, and learn faster than the factors."""
+        return {name: STEP_RATE for name in self._trainable if name.rpartition(".")[2] in ("step", "offset")}
 
     @property
     def starts_as_base(self) -> bool:

@@ -42,6 +42,7 @@ class QATScalesConfig(WeightConfig):
     by_width: ClassVar[bool] = False
 
     name: str = "qat_scales"
+    learning_rate: float = 1e-2
 
     def check_saved(self, directory: Path) -> None:
         """Refuse another method and broken settings."""
