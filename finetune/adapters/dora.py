@@ -19,7 +19,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from finetune.adapters import peft_format
 from finetune.adapters.base import ADAPTERS
@@ -29,7 +28,9 @@ from finetune.adapters.lora_layers import LoRALinear
 from finetune.adapters.peft_lora import Saved, read_saved
 from finetune.adapters.weight import WeightAdapter
 from finetune.kernels import operand
-from finetune.kernels.lengths import scale_outputs_, scale_outputs_backward
+from finetune.kernels.dora import dora_linear
+from finetune.kernels.lengths import at_lengths
+from finetune.kernels.products import autocast
 from finetune.quant.base import FrozenExperts, FrozenLinear
 from finetune.structure import Projection
 from finetune.structure.flow import trace
@@ -78,12 +79,16 @@ class DoRALinear(LoRALinear):
 
     def adapted(self, x_BI: Tensor) -> Tensor:
         """m / n (W x + s B A dropout(x)) + bias, in the dtype of x; n is the norm."""
-        y_BO = super().adapted(x_BI)
-        magnitude_O, bias_O = self.lora_magnitude_vector, self.bias
-        scaled_BO: Tensor = _Scaled.apply(y_BO, magnitude_O, self.norm(y_BO.dtype), bias_O)  # type: ignore[no-untyped-call]
+        dropout = self.dropout if self.training else 0.0
+        if self.pruned_base() is not None:
+            y_BO = self._masked(x_BI, dropout)
+            return at_lengths(y_BO, self.lora_magnitude_vector, self.norm(y_BO.dtype), self.bias)
+        x_BI, bias_O = autocast(x_BI, self.bias)
+        factors = self.lora_A.weight, self.lora_B.weight, self.scaling
+        lengths = self.lora_magnitude_vector, self.norm(x_BI.dtype)
+        scaled_BO = dora_linear(x_BI, bias_O, self.base.operand(), *factors, *lengths, dropout=dropout)
         return scaled_BO.clone() if self.overwritten and scaled_BO.requires_grad else scaled_BO
 
-    @torch.no_grad()
     def norm(self, dtype: torch.dtype) -> Tensor:
         """Row norms of W + s B A, in the dtype of m: so rounding m on its own does not move the start.
 
@@ -93,15 +98,22 @@ class DoRALinear(LoRALinear):
             dtype: in which the product of A with the base is computed.
         """
         a_RI, b_OR = self.lora_A.weight, self.lora_B.weight
+        if self.training:
+            self._kept = None  # optimizers may write without a trace
+            return self._norm(a_RI, b_OR, dtype)
         state = (a_RI._version, b_OR._version, a_RI.data_ptr(), b_OR.data_ptr(), dtype)
-        if self._kept is None or self.training or self._kept[0] != state:
-            a, b = a_RI.float(), b_OR.float()
-            product_RO = self._product(a_RI.to(dtype)).float()
-            cross_RO = torch.addmm(product_RO, a @ a.T, b.T, beta=2, alpha=self.scaling)
-            added_O = cross_RO.mul_(b.T).sum(dim=0)
-            norm_O = torch.add(self.squares_O, added_O, alpha=self.scaling).clamp_min_(1e-30).sqrt_()
-            self._kept = (state, norm_O.to(self.lora_magnitude_vector.dtype))
+        if self._kept is None or self._kept[0] != state:
+            self._kept = (state, self._norm(a_RI, b_OR, dtype))
         return self._kept[1]
+
+    @torch.no_grad()
+    def _norm(self, a_RI: Tensor, b_OR: Tensor, dtype: torch.dtype) -> Tensor:
+        a_RI32, b_RO32 = a_RI.float(), b_OR.float().T
+        product_RO = self._product(a_RI.to(dtype)).float()
+        cross_RO = torch.addmm(product_RO, a_RI32 @ a_RI32.T, b_RO32, beta=2, alpha=self.scaling)
+        added_O = cross_RO.mul_(b_RO32).sum(dim=0)
+        norm_O = torch.add(self.squares_O, added_O, alpha=self.scaling).clamp_min_(1e-30).sqrt_()
+        return norm_O.to(self.lora_magnitude_vector.dtype)
 
     def _product(self, a_RI: Tensor) -> Tensor:
         """A W^T, [R, O]."""
@@ -118,22 +130,6 @@ class DoRALinear(LoRALinear):
         summed_OI = super().merge(weight)
         norm_O = summed_OI.norm(dim=1).to(self.lora_magnitude_vector.dtype)
         return summed_OI * (self.lora_magnitude_vector / norm_O).float()[:, None]
-
-
-class _Scaled(torch.autograd.Function):
-    """y m / n - bias (m / n - 1): outputs at new lengths, the bias at its own; y is overwritten, and n a constant."""
-
-    @staticmethod
-    def forward(ctx: Any, y_BO: Tensor, magnitude_O: Tensor, norm_O: Tensor, bias_O: Tensor | None) -> Tensor:
-        scale_outputs_(y_BO, magnitude_O, norm_O, bias_O)
-        ctx.mark_dirty(y_BO)
-        ctx.save_for_backward(y_BO, magnitude_O, norm_O, bias_O)
-        return y_BO
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_BO: Tensor) -> tuple[Tensor | None, ...]:
-        return (*scale_outputs_backward(grad_BO, *ctx.saved_tensors), None, None)
 
 
 class DoRAAdapter(LoRAAdapter):

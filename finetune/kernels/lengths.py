@@ -53,6 +53,13 @@ def scale_outputs_backward(
     return found
 
 
+def at_lengths(y_BO: Tensor, magnitude_O: Tensor, norm_O: Tensor, bias_O: Tensor | None) -> Tensor:
+    """The same out of place, as autograd and compilers follow it."""
+    excess_O = ((magnitude_O.float() - norm_O.float()) / norm_O.float()).to(y_BO.dtype)
+    scaled_BO = y_BO + y_BO * excess_O
+    return scaled_BO if bias_O is None else scaled_BO - bias_O.to(y_BO.dtype) * excess_O
+
+
 def reference(y: Tensor, magnitude: Tensor, norm: Tensor, bias: Tensor | None) -> None:
     """The operator in plain torch."""
     # m / n - 1 keeps its digits in 16 bits.

@@ -22,6 +22,7 @@ from finetune.kernels import operand
 from finetune.kernels.autocast import no_autocast
 from finetune.kernels.dropout import draw_kept, zero_dropped
 from finetune.kernels.operand import Operand
+from finetune.kernels.products import autocast
 
 _FACTORS = "Tensor a, Tensor b, float scaling, Tensor? kept"
 
@@ -56,19 +57,22 @@ def lora_linear(
         scaling: s, alpha / rank in LoRA.
         dropout: share of the input of A that is zeroed; drawn from torch's default generator. 0 while evaluating.
     """
-    kind = x_BI.device.type
-    if torch.is_autocast_enabled(kind):
-        x_BI = x_BI.to(torch.get_autocast_dtype(kind))
-    if bias_O is not None:
-        bias_O = bias_O.to(x_BI.dtype)
+    inputs = arguments(x_BI, bias_O, base, a_RI, b_OR, scaling, dropout)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _Recorded.apply(*inputs)
+    y_BO, _ = torch.ops.finetune.lora_linear(*inputs)
+    return y_BO
+
+
+def arguments(
+    x_BI: Tensor, bias_O: Tensor | None, base: Operand, a_RI: Tensor, b_OR: Tensor, scaling: float, dropout: float
+) -> tuple[Any, ...]:
+    """Those of the operator: what autocast wants is cast, and what is dropped is drawn."""
+    x_BI, bias_O = autocast(x_BI, bias_O)
     kept_K = draw_kept(x_BI, dropout) if dropout else None
     # What is kept is divided by its share; on the small product that costs less than on x.
     factor = scaling / (1 - dropout)
-    arguments = (x_BI, bias_O, base.tensors, base.spec, base.out_features, a_RI, b_OR, factor, kept_K)
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _Recorded.apply(*arguments)
-    y_BO, _ = torch.ops.finetune.lora_linear(*arguments)
-    return y_BO
+    return x_BI, bias_O, base.tensors, base.spec, base.out_features, a_RI, b_OR, factor, kept_K
 
 
 def linear(
@@ -147,17 +151,28 @@ def _gradients_fake(
     return grad.new_empty(shapes[0]), a.new_empty(shapes[1]), b.new_empty(shapes[2])
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor], *more: Tensor | None) -> None:
+    """Keep what the backward needs, and more that another one needs, which comes first."""
     x, _, base, spec, _, a, b, scaling, kept = inputs
     low = output[1]
-    ctx.save_for_backward(x, low, a, b, kept, *base)
+    ctx.save_for_backward(*more, x, low, a, b, kept, *base)
     ctx.settings = (spec, x.shape[-1], scaling)
 
 
 def _backward(ctx: Any, grad_BO: Tensor, _: Any) -> tuple[Any, ...]:
-    x, low, a, b, kept, *base = ctx.saved_tensors
+    return backward(ctx, grad_BO, ctx.saved_tensors, ctx.needs_input_grad)
+
+
+def backward(ctx: Any, grad_BO: Tensor, saved: Any, needs: Any) -> tuple[Any, ...]:
+    """Gradients of the operator's arguments.
+
+    Args:
+        saved: by `save`, without what is another's.
+        needs: which of the arguments need one.
+    """
+    x, low, a, b, kept, *base = saved
     spec, in_features, scaling = ctx.settings
-    need_x, need_bias, _, _, _, need_a, need_b, _, _ = ctx.needs_input_grad
+    need_x, need_bias, _, _, _, need_a, need_b, _, _ = needs
     needed = [need_x, need_a, need_b]
     found = torch.ops.finetune.lora_gradients(grad_BO, x, low, base, spec, in_features, a, b, scaling, kept, needed)
     grad_x, grad_a, grad_b = (grad if need else None for grad, need in zip(found, needed, strict=True))
@@ -172,7 +187,7 @@ class _Recorded(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         output = torch.ops.finetune.lora_linear(*inputs)
-        _save(ctx, inputs, output)
+        save(ctx, inputs, output)
         # Some formats flatten the leading dimensions; what is no view may be written over by what comes next.
         return output[0].detach()
 
@@ -185,4 +200,4 @@ class _Recorded(torch.autograd.Function):
 
 torch.library.impl("finetune::lora_linear", "default")(linear)
 torch.library.impl("finetune::lora_gradients", "default")(gradients)
-torch.library.register_autograd("finetune::lora_linear", _backward, setup_context=_save)
+torch.library.register_autograd("finetune::lora_linear", _backward, setup_context=save)

@@ -124,6 +124,42 @@ def test_norms_follow_what_is_written_also_while_they_are_kept() -> None:
     assert torch.equal(logits(again), logits(model))
 
 
+def test_norms_follow_an_optimizer_that_leaves_no_trace() -> None:
+    model, adapter = moved()
+    model.eval()
+    before = logits(model)
+    model.train()
+    loss(model)
+    module = adapter.adapted["model.layers.0.self_attn.q_proj"]
+    module.lora_B.weight.data.mul_(3)
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(
+            module.norm(torch.float32), module._norm(module.lora_A.weight, module.lora_B.weight, torch.float32)
+        )
+    assert not torch.equal(logits(model), before)
+
+
+def test_compiled_it_computes_the_same() -> None:
+    torch.manual_seed(0)
+    base = QUANTIZERS.build(NF4Config(), 48, 64, bias=True, dtype=torch.float32, device=None)
+    base.store(torch.randn(48, 64))
+    base.bias.data.normal_()
+    module = DoRALinear(base, rank=4, scaling=2.0, dropout=0.0).train()
+    with torch.no_grad():
+        module.lora_B.weight.normal_(std=0.3)
+        module.lora_magnitude_vector.add_(torch.randn(48))
+    found = []
+    for call in (module, torch.compile(module, backend="aot_eager")):
+        x = torch.linspace(-1, 1, 5 * 64).view(5, 64).requires_grad_()
+        module.zero_grad()
+        y = call(x)
+        y.square().sum().backward()
+        found.append([y.detach(), x.grad, module.lora_magnitude_vector.grad, module.lora_A.weight.grad.clone()])
+    for eager, compiled in zip(*found, strict=True):
+        assert torch.allclose(eager, compiled, rtol=1e-5, atol=1e-5)
+
+
 def test_each_method_names_the_other(tmp_path: Path) -> None:
     moved()[1].save(tmp_path / "dora")
     attach(frozen("llama"), LoRAConfig(**SETTINGS)).save(tmp_path / "lora")
