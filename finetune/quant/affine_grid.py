@@ -187,9 +187,7 @@ SHRINKS = [1 - step / 100 for step in range(80)]
 POWER = 2.4
 
 
-def clipped_shares(
-    w_OI: Tensor, grid_of: Callable[[Tensor], AffineGrid], shrinks: Sequence[float] = SHRINKS
-) -> Tensor:
+def clipped_shares(w_OI: Tensor, grid_of: Callable[[Tensor], AffineGrid], shrinks: Sequence[float] = SHRINKS) -> Tensor:
     """For each group, the share of its range on which its weights err least, [.., O, G].
 
     Args:

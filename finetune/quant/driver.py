@@ -25,10 +25,11 @@ from finetune.quant.packed import PackedWeight
 from finetune.quant.pruners.apply import prune
 from finetune.quant.pruners.base import Pruner
 from finetune.quant.pruners.cut import Cut
-from finetune.quant.replay import Batch, Calls, Enough, inputs_of, reading_alike, watching
+from finetune.quant.replay import Batch, Calls, Enough, Sink, inputs_of, reading_alike, watching
 from finetune.quant.resident import Resident, lay_out
 from finetune.quant.rounders.base import Rounder, apply
 from finetune.quant.rounders.rtn import RTN
+from finetune.quant.settled import Forward, Settled
 from finetune.quant.token_clip import clip_tokens
 from finetune.quant.transforms.base import Transform
 from finetune.structure.base import Projection, Structure
@@ -161,41 +162,53 @@ class Driver:
                 if self.cut is not None:
                     self.cut.block(self, name, partial(calls.run, number))
                     forward = calls.forward(number, self.model.get_submodule(name))
+                settled = self._settled(number, name, projections, forward)
                 if projections:
-                    self._block(projections, forward)
+                    self._block(projections, settled)
                 if self.distiller is not None and projections:
+                    settled.undo()
                     self.distiller.block(self.model, name, forward, targets)
-                calls.hidden = self.resident.keep(CALIBRATION, number + 1, forward())
+                calls.hidden = self.resident.keep(CALIBRATION, number + 1, settled.run())
+                settled.undo()
                 calls.arguments[number] = []  # nothing needs them any more
             else:
                 for p in projections:
                     self._quantize(p, [])
             self.resident.leave(number, name, self.layers[len(self.layers) - len(projections) :])
 
-    def _block(self, projections: list[Projection], forward: Callable[[], Iterator[Tensor]]) -> None:
+    def _settled(self, number: int, name: str, projections: Sequence[Projection], forward: Forward) -> Settled:
+        """What knows the finished parts of a block."""
+
+        def keep(part: str, hidden: Iterator[Tensor]) -> Sink:
+            return self.resident.keep(part, number, hidden)
+
+        return Settled(self.model.get_submodule(name), name, [p.name for p in projections], forward, keep)
+
+    def _block(self, projections: list[Projection], settled: Settled) -> None:
         """The projections of one block, group after group of those that read the same."""
         if self.transform is not None and projections:
-            self.transform.block(self, projections, forward)
+            self.transform.block(self, projections, settled.run)
         by_name = {p.name: p for p in projections}
-        groups = reading_alike(self.model, projections, lambda: next(forward()))
+        groups = reading_alike(self.model, projections, lambda: next(settled.run()))
+        grouped = {name for names, _ in groups for name in names}
+        # Not used in the first batch, as experts may be: what each of them reads is its own.
+        rest = [p for p in projections if p.name not in grouped]
         for names, once in groups:
             group = [by_name[name] for name in names]
             stacked = group[0].kind == "experts"
-            self._group(group, group if stacked else group[:1], forward, once and not stacked)
-        # Not used in the first batch, as experts may be: what each of them reads is its own.
-        grouped = {name for names, _ in groups for name in names}
-        rest = [p for p in projections if p.name not in grouped]
+            self._group(group, group if stacked else group[:1], settled, once and not stacked, not rest)
         if rest:
-            self._group(rest, rest, forward, False)
+            self._group(rest, rest, settled, False, False)
 
     def _group(
-        self, group: list[Projection], watched: list[Projection], forward: Callable[[], Iterator[Tensor]], once: bool
+        self, group: list[Projection], watched: list[Projection], settled: Settled, once: bool, ordered: bool
     ) -> None:
         """Gather the inputs of a group over all batches, and quantize it.
 
         Args:
             watched: all of it, or one whose inputs are those of all.
             once: one is watched, and each run of the block uses it once: what comes after it need not be run.
+            ordered: whatever is not quantized yet comes after it.
         """
         seen: dict[tuple[str, int], Gram] = {}
 
@@ -205,16 +218,16 @@ class Driver:
                 raise Enough
 
         with watching(self.model, watched, saw):
-            for _ in forward():
-                pass
+            settled.gather(once and ordered)
         for reader in watched if self.quant.clipped_bits else ():
             gram = seen.get((reader.name, 0))
             if gram is not None and reader.kind != "experts":
                 readers = group if len(watched) == 1 else [reader]
-                clip_tokens(self.model, reader, readers, gram, self.quant.clipped_bits, forward)
+                clip_tokens(self.model, reader, readers, gram, self.quant.clipped_bits, settled.run)
         for number, p in enumerate(group):
             reader = watched[number if len(watched) == len(group) else 0]
             self._quantize(p, [seen.get((reader.name, expert)) for expert in range(p.experts)])
+        settled.done(p.name for p in group)
 
     def _quantize(self, p: Projection, grams: Sequence[Gram | None]) -> None:
         """Put a frozen module in the place of a dense one."""

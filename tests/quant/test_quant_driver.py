@@ -30,8 +30,10 @@ from finetune.quant.freeze import freeze
 from finetune.quant.gram import Gram
 from finetune.quant.nf4 import NF4Config
 from finetune.quant.replay import reading_alike, record, run
+from finetune.quant.resident import Resident
 from finetune.quant.rounders.gptq import GPTQ
 from finetune.quant.rounders.rtn import RTN
+from finetune.quant.settled import Settled
 from finetune.structure import inspect
 from finetune.structure.base import Projection
 
@@ -148,6 +150,70 @@ def test_a_block_is_run_as_far_as_is_looked_at(monkeypatch: pytest.MonkeyPatch) 
         states.append(model.state_dict())
     assert used[0] == used[1] - 3 * len(batches)  # of the four groups, one needs it
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[1])
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_finished_part_is_run_no_more(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its output is kept, whatever form it has; the same bits come out, and every module is in its place."""
+    states, names, kept = [], [], []
+    keep = Resident.keep
+    monkeypatch.setattr(Resident, "keep", lambda *args: kept.append(args[1]) or keep(*args))
+    for keeping in (True, False):
+        if not keeping:
+            monkeypatch.setattr(Settled, "_finished", lambda self: None)
+        model = model_of(family)
+        Driver(model, inspect(model), Int4Config(group_size=32), GPTQ(), batches_of(3, 8)).go()
+        states.append(model.state_dict())
+        names.append([name for name, _ in model.named_modules()])
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[1]) and names[0] == names[1]
+    assert ("part0" in kept) == (family != "mixtral")  # there every expert reads tokens of its own
+
+
+class Part(nn.Module):
+    """Two projections; puts out something beside hidden states where it is given."""
+
+    def __init__(self, beside: Any) -> None:
+        super().__init__()
+        self.a, self.b, self.beside, self.times = nn.Linear(4, 4), nn.Linear(4, 4), beside, 0
+
+    def forward(self, x: torch.Tensor) -> Any:
+        self.times += 1
+        return self.b(self.a(x)), self.beside
+
+
+class PartOften(nn.Module):
+    """A block that calls its part so many times."""
+
+    def __init__(self, calls: int, beside: Any) -> None:
+        super().__init__()
+        self.part, self.calls = Part(beside), calls
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(self.calls):
+            x = self.part(x)[0]
+        return x
+
+
+@pytest.mark.parametrize(("calls", "beside", "kept"), [(1, None, True), (2, None, False), (1, torch.ones(1), False)])
+def test_what_is_called_twice_or_puts_out_something_beside_is_run_each_time(
+    calls: int, beside: Any, kept: bool
+) -> None:
+    block, x = PartOften(calls, beside), torch.ones(2, 3, 4)
+    part, wanted = block.part, block(x)
+    settled = Settled(block, "block", ["block.part.a", "block.part.b"], lambda: iter([block(x)]), lambda _, h: list(h))
+    settled.done(["block.part.a"])
+    settled.gather(True)
+    assert block.part is part
+    settled.done(["block.part.b"])
+    settled.gather(True)
+    times = part.times
+    for _ in range(2):
+        found = next(settled.run())
+        assert torch.equal(found, wanted)
+        found.detach().zero_()  # whoever changes it changes his own
+    assert (part.times == times) == kept
+    settled.undo()
+    assert block.part is part
 
 
 def test_a_projection_that_is_used_twice_is_seen_to_be() -> None:
