@@ -148,7 +148,7 @@ class Seen:
             handle.remove()
 
 
-def factors(model: nn.Module, seen: Seen, divided: str) -> dict[str, Tensor]:
+def factors(model: Any, seen: Seen, divided: str) -> dict[str, Tensor]:
     """By what the inputs of projections that read a norm are divided."""
     by: dict[str, Tensor] = {}
     for norm in set(seen.norms.values()) if divided != "none" else ():
@@ -248,29 +248,33 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--encoder", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "glue", help="where classifiers are kept")
-    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(range(SEEDS)))
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     options = parser.parse_args()
-    rows: list[dict[str, Any]] = json.loads(RESULT.read_text("utf-8"))["rows"] if RESULT.is_file() else []
-    for seed in range(options.seeds):
+    for seed in options.seeds:
         for task in options.tasks:
-            done = {row["variant"] for row in rows if (row["task"], row["seed"]) == (task, seed)}
+            done = {row["variant"] for row in read() if (row["task"], row["seed"]) == (task, seed)}
             missing = {name: variant for name, variant in VARIANTS.items() if name not in done}
             if not missing:
                 continue
             merged = tune(task, seed, options.data, options.encoder, options.work)
             for name, figures in measured(merged, task, options.data, missing):
-                rows.append({"task": task, "seed": seed, "variant": name, **figures})
                 print(f"{task} {seed} {name:<32} {figures['accuracy']:.4f} {figures['matthews']:.4f}"
                       f" loss {figures['loss']:.4f} KL {figures['kl_mean']:.6f}", flush=True)  # fmt: skip
-                write(rows)
-    PAGE.write_text(page(PAGE.read_text("utf-8"), rows), "utf-8")
+                write([*read(), {"task": task, "seed": seed, "variant": name, **figures}])
+    PAGE.write_text(page(PAGE.read_text("utf-8"), read()), "utf-8")
+
+
+def read() -> list[dict[str, Any]]:
+    """The rows so far, those of other seeds that are measured at the same time included."""
+    return json.loads(RESULT.read_text("utf-8"))["rows"] if RESULT.is_file() else []
 
 
 def write(rows: list[dict[str, Any]]) -> None:
     """The result file."""
     steps = {task: steps for task, (*_, steps) in TASKS.items()}
     facts = {"encoder": "all-MiniLM-L6-v2", "steps": steps, "samples": SAMPLES, "every": EVERY}
+    rows = sorted(rows, key=lambda row: (row["task"], row["seed"], list(VARIANTS).index(row["variant"])))
     document = {"format_version": 1, "machine": describe_machine(), **facts, "rows": rows}
     RESULT.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
 

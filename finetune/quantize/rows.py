@@ -7,7 +7,7 @@ read and write, as objective=seq2seq does. Batches are of rows of one length, so
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,18 +16,16 @@ from torch import Tensor
 
 from finetune.data.batching import collate
 from finetune.data.config import DataConfig
-from finetune.data.formats import Format
 from finetune.data.labels import Labelling
 from finetune.data.lengths import longest
 from finetune.data.pairs import check_pairs
 from finetune.data.rows import Batch, TokenRows
 from finetune.data.sources import Source, recognise_all, resolve
 from finetune.data.tokenizing import Recipe, take, tokenize_side
-from finetune.errors import DataError
 from finetune.model.held import Held
 from finetune.quant.base import QuantConfig
 from finetune.quantize.config import CalibrationConfig
-from finetune.quantize.text import BATCH_TOKENS, HELD_OUT, MOST_NUMBERS, Text, check_enough, check_tokens
+from finetune.quantize.text import BATCH_TOKENS, HELD_OUT, MOST_NUMBERS, Text, check_enough, check_tokens, forms_of
 
 MOST_ROWS = 1024
 """Rows that are measured on, at most."""
@@ -93,7 +91,7 @@ class Reader:
         """
         data, sources = self._data(value), resolve(value, key, side="eval" if key == "data.eval" else "train")
         pairs = self.held.kind == "seq2seq"
-        forms, labelled = (recognise_all(data, sources), False) if pairs else _forms(data, sources)
+        forms, labelled = (recognise_all(data, sources), False) if pairs else forms_of(data, sources, labels_first=True)
         known = measured and labelled and self.held.kind == "classification"
         kind = Labelling if known else Unlabelled
         labelling = None if pairs else kind(self.held.labels, self.segments)
@@ -187,17 +185,6 @@ def read_rows(reader: Reader, vocabulary: int, quant: QuantConfig, pad_id: int, 
         calibration = rows[: config.samples]
         check_enough(len(calibration.input_ids), quant)
     return RowText(calibration, held_out[:MOST_ROWS], known, pad_id, together, reader.caches)
-
-
-def _forms(data: DataConfig, sources: Sequence[Source]) -> tuple[list[Format], bool]:
-    """The formats of sources, as labelled rows where they can be read so; and whether they can."""
-    if data.format in ("auto", "labelled"):
-        try:
-            return recognise_all(replace(data, format="labelled"), list(sources)), True
-        except DataError:
-            if data.format == "labelled":
-                raise
-    return recognise_all(data, list(sources)), False
 
 
 def _within(rows: TokenRows, room: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from finetune.data.config import DataConfig
 from finetune.data.files import check_file
+from finetune.data.formats import Format
 from finetune.data.lengths import longest
 from finetune.data.rows import Batch
 from finetune.data.sources import Source, recognise_all, resolve
@@ -88,7 +90,31 @@ def check_text(config: CalibrationConfig) -> None:
             for path in source.files:
                 check_file(path)
             if source.files:
-                recognise_all(config.reading(value), [source])
+                forms_of(config.reading(value), [source])
+
+
+def forms_of(data: DataConfig, sources: list[Source], *, labels_first: bool = False) -> tuple[list[Format], bool]:
+    """The formats of sources, and whether they are rows with labels: read so where nothing else fits.
+
+    Args:
+        labels_first: read them so wherever that fits.
+
+    Raises:
+        DataError: where no format fits.
+    """
+    ways = [(data, False), (replace(data, format="labelled"), True)]
+    if data.format == "labelled":
+        ways = ways[1:]
+    elif data.format != "auto":
+        ways = ways[:1]
+    refused: DataError | None = None
+    for way, labelled in reversed(ways) if labels_first else ways:
+        try:
+            return recognise_all(way, sources), labelled
+        except DataError as error:
+            refused = error if refused is None or not labelled else refused
+    assert refused is not None
+    raise refused
 
 
 def read_text(config: CalibrationConfig, tokenizer: Any, vocabulary: int, context: int, quant: QuantConfig) -> Text:

@@ -82,6 +82,17 @@ def test_without_labels_the_two_models_are_compared_with_each_other(
     assert "without labels" in capsys.readouterr().out
 
 
+def test_pairs_by_glues_names_and_a_regressor(tmp_path: Path) -> None:
+    """Rows that are nothing but labelled are known by themselves; numbers have an error, and no angle."""
+    base = write_base(tmp_path / "base", "bert", "BertForSequenceClassification", num_labels=1)
+    made = [
+        {"sentence1": row["text"], "sentence2": row["text_pair"], "label": 0.5} for row in rows(40, pairs=True, seed=3)
+    ]
+    told = run(base, lines(tmp_path / "rows.jsonl", made), tmp_path / "out", "quant=int8g", "quant.group_size=32")
+    assert told["holds"] == "regression" and told["quality"].keys() == {"positions", "relative_error"}
+    assert 0 < told["quality"]["relative_error"] < 0.1 and told["calibration_tokens"] > 36 * 8
+
+
 def test_a_bare_encoder_is_measured_by_hidden_states_and_is_a_base(
     texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
