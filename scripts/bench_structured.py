@@ -197,7 +197,7 @@ def _entry(rows: list[Row]) -> str:
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--wiki-data", help="WikiText-2 in rows (JSONL), to calibrate and to measure the embedded base on")
+    arguments.add_argument("--wiki-data", help="WikiText-2 in rows (JSONL), for the embedded base once more")
     arguments.add_argument("--story-model", help="a directory with a second dense model")
     arguments.add_argument("--story-data", help="text for it")
     arguments.add_argument("--page", action="store_true", help="only make the tables anew")

@@ -47,7 +47,6 @@ def opened(directory: Path) -> Any:
         ("llama", ("pruner=layers", "pruner.sparsity=0.5"), {"num_hidden_layers": 1}),
         ("gpt2", ("pruner=channels", "pruner.sparsity=0.5"), {"n_inner": 128}),
         ("mixtral", ("pruner=channels", "pruner.sparsity=0.25"), {"intermediate_size": 96}),
-        ("mixtral", ("pruner=layers", "pruner.sparsity=0.5"), {"num_hidden_layers": 1}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

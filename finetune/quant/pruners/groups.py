@@ -23,22 +23,22 @@ NEAR = 4
 """So many candidates for each of those."""
 
 
-def damped(gram_II: Tensor, damping: float) -> tuple[Tensor | None, Tensor, float]:
-    """The Cholesky factor of H with something added to its diagonal, that H, and the damping that it needed.
+def factor(gram_II: Tensor, damping: float) -> tuple[Tensor | None, float]:
+    """The Cholesky factor of H with some of its mean diagonal added to its diagonal, and the share that it needed.
 
     Args:
-        damping: share of the mean diagonal; ten and a hundred times that where H is singular, else the factor is None.
+        damping: that share; ten and a hundred times it where H is singular, else the factor is None.
     """
     mean, share = gram_II.diagonal().mean(), damping
-    hessian_II = gram_II
     for step in STEPS:
         share = damping * step
-        hessian_II = gram_II.clone()
-        hessian_II.diagonal().add_(share * mean)
-        factor_II, failed = torch.linalg.cholesky_ex(hessian_II)
+        factor_II = gram_II.clone()
+        factor_II.diagonal().add_(share * mean)
+        failed = torch.empty((), dtype=torch.int32, device=gram_II.device)
+        torch.linalg.cholesky_ex(factor_II, out=(factor_II, failed))
         if not failed and bool(factor_II.sum().isfinite()):
-            return factor_II, hessian_II, share
-    return None, hessian_II, share
+            return factor_II, share
+    return None, share
 
 
 def columns_of(groups_U: Tensor, size: int) -> Tensor:
@@ -51,10 +51,10 @@ def cheapest(w_OI: Tensor, inverse_II: Tensor, size: int, count: int, rounds: in
 
     Args:
         w_OI: float32; left as it is.
-        inverse_II: the inverse of H; left as it is.
+        inverse_II: the inverse of H; used up.
         size: columns of a group.
     """
-    w_OI, inverse_II = w_OI.clone(), inverse_II.clone()
+    w_OI = w_OI.clone()
     gone: list[Tensor] = []
     here = torch.ones(w_OI.shape[1] // size, dtype=torch.bool, device=w_OI.device)
     at_once = -(-count // rounds)
@@ -86,27 +86,30 @@ def _costs(w_OI: Tensor, inverse_II: Tensor, size: int) -> Tensor:
 def _remove(w_OI: Tensor, inverse_II: Tensor, columns: Tensor) -> None:
     """Take columns out, in place: the others fitted anew, H^-1 that of what is left; theirs become 0 and 1."""
     solved = torch.linalg.solve(inverse_II[columns][:, columns], inverse_II[columns])
-    w_OI -= w_OI[:, columns] @ solved
-    inverse_II -= inverse_II[:, columns] @ solved
+    w_OI.addmm_(w_OI[:, columns], solved, alpha=-1)
+    inverse_II.addmm_(inverse_II[:, columns], solved, alpha=-1)
     w_OI[:, columns] = 0
     inverse_II[columns] = 0
     inverse_II[:, columns] = 0
     inverse_II[columns, columns] = 1
 
 
-def refit(w_OI: Tensor, hessian_II: Tensor, kept_K: Tensor) -> Tensor:
+def refit(w_OI: Tensor, gram_II: Tensor, kept_K: Tensor, damping: float = 0.0) -> Tensor:
     """The columns that are kept, fitted so that they do best what all of them did, float32 [O, K].
 
     Args:
-        hessian_II: damped; `kept_K` are its columns to keep.
+        gram_II: H; `kept_K` are its columns to keep.
+        damping: share of its mean diagonal that is added to its diagonal.
 
     Raises:
         torch.linalg.LinAlgError: where it is singular.
     """
     gone = torch.ones(w_OI.shape[1], dtype=torch.bool, device=w_OI.device)
     gone[kept_K] = False
-    factor_KK = torch.linalg.cholesky(hessian_II[kept_K][:, kept_K])
-    towards_KO = hessian_II[kept_K][:, gone] @ w_OI[:, gone].T
+    hessian_KK = gram_II[kept_K[:, None], kept_K]
+    hessian_KK.diagonal().add_(damping * gram_II.diagonal().mean())
+    factor_KK = torch.linalg.cholesky(hessian_KK)
+    towards_KO = gram_II[kept_K[:, None], gone.nonzero().flatten()] @ w_OI[:, gone].T
     return w_OI[:, kept_K] + torch.cholesky_solve(towards_KO, factor_KK).T
 
 

@@ -81,7 +81,7 @@ def choose(settings: NarrowConfig, w_OI: Tensor, matrix_II: Tensor | None, sizes
         columns = groups.columns_of(largest_K, size)
         return Chosen(largest_K, w_OI[:, columns], None, 0.0, 0.0, None, "saw no inputs: chosen by size")
     inputs_II = matrix_II[:width, :width]
-    factor_II, hessian_II, damping = groups.damped(matrix_II, settings.damping)
+    factor_II, damping = groups.factor(matrix_II, settings.damping)
     note = f"H needed damping {damping:g}" if damping != settings.damping else ""
     if factor_II is None:
         kept_K, note = largest_K, f"H is singular up to damping {damping:g}: chosen by size"
@@ -90,9 +90,10 @@ def choose(settings: NarrowConfig, w_OI: Tensor, matrix_II: Tensor | None, sizes
     elif settings.choice == "activation":
         kept_K = _largest(groups.alone(w_OI, inputs_II, size), stay)
     else:
-        inverse_II = torch.cholesky_inverse(factor_II)[:width, :width].contiguous()
+        inverse_II = torch.cholesky_inverse(factor_II, out=factor_II)[:width, :width].contiguous()
         live_OI = w_OI * (inputs_II.diagonal() > 0)  # what was never there costs nothing
         gone_U = groups.cheapest(live_OI, inverse_II, size, len(sizes_U) - stay)
+        del inverse_II
         here_U = torch.ones(len(sizes_U), dtype=torch.bool, device=w_OI.device).index_fill_(0, gone_U, False)
         kept_K = here_U.nonzero().flatten()
     columns = groups.columns_of(kept_K, size)
@@ -100,7 +101,7 @@ def choose(settings: NarrowConfig, w_OI: Tensor, matrix_II: Tensor | None, sizes
     if settings.refit and factor_II is not None:
         behind = torch.arange(width, len(matrix_II), device=w_OI.device)
         whole_OI = torch.cat([w_OI, w_OI.new_zeros(len(w_OI), len(behind))], dim=1)
-        fitted_OI = groups.refit(whole_OI, hessian_II, torch.cat([columns, behind]))
+        fitted_OI = groups.refit(whole_OI, matrix_II, torch.cat([columns, behind]), damping)
         new_OI, shift_O = fitted_OI[:, : len(columns)], fitted_OI[:, -1] if len(behind) else None
     plain = groups.columns_of(largest_K, size)
     return Chosen(
