@@ -101,10 +101,10 @@ class Driver:
         self.resident.begin(self.model, self.structure)
         if self.cut is not None:
             self._begin_cut(self.cut)
-        before = {layer.name for layer in self.layers}
+        before = {layer.name: layer.sparsity or 0.0 for layer in self.layers}
         for p in self.todo:
             if p.name in before:
-                lay_out(self.model, self.quant, p, self.prepare)
+                lay_out(self.model, self.quant, p, self.prepare, before[p.name])
         was_training = self.model.training
         self.model.eval()
         for stack in self.structure.stacks:

@@ -82,12 +82,15 @@ def pairs(calls: Calls, number: int, block: nn.Module, after: Sink) -> Iterator[
         yield before, output
 
 
-def lay_out(model: nn.Module, quant: QuantConfig, p: Projection, prepare: Callable[[PackedWeight], None]) -> None:
+def lay_out(
+    model: nn.Module, quant: QuantConfig, p: Projection, prepare: Callable[[PackedWeight], None], sparsity: float
+) -> None:
     """Put the module in place that a projection of a finished block is stored in, without its weight.
 
     Args:
         model: whose projection is a dense frozen module on the meta device.
         prepare: as the driver's.
+        sparsity: share of its weights that are zero.
     """
     dense = model.get_submodule(p.name)
     assert isinstance(dense, DenseLinear | DenseExperts)
@@ -95,8 +98,9 @@ def lay_out(model: nn.Module, quant: QuantConfig, p: Projection, prepare: Callab
     if not isinstance(frozen, PackedWeight):
         return
     prepare(frozen)
-    # A weight of zeros takes the room that any other does; only how much it is will be asked.
+    # Whatever has as many zeros, evenly spread, takes the same room; only how much it is will be asked.
     shape = dense.weight.shape if p.kind == "experts" else (p.out_features, p.in_features)
-    frozen.store(torch.zeros(shape, dtype=dense.weight.dtype))
+    places = torch.arange(dense.weight.numel() + 1, dtype=torch.float64) * (1 - sparsity)
+    frozen.store((places + 1e-6).floor().diff().view(shape).to(dense.weight.dtype))
     parent, _, leaf = p.name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, frozen.to("meta"))

@@ -69,6 +69,8 @@ def table(record: dict[str, Any]) -> str:
     )
     if pruned:
         lines.append(f"{record['sparsity']:.2%} of the weights of the blocks are zero")
+    if large := [layer for layer in layers if record["quant"]["name"] != "none" and layer["bits_per_weight"] > 16]:
+        lines.append(f"{len(large)} layers take more than the 16 bits of a dense weight: prune more, or quant=none")
     cut = _cut_lines(record["pruner"])
     lines += cut
     lines += _transform_lines(record["transform"]) + _distill_lines(record["distill"])
