@@ -2,11 +2,12 @@
 
 `python scripts/bench_w8a8.py`: in each block a few channels of every norm are made 1, 30 or 100 times as large and what
 reads them that much smaller, which changes nothing of what the dense model computes (the largest change of a logit is
-written down). Then it is quantized in memory: LLM.int8(), W8A8 by channel and token, and SmoothQuant's O1, O2 and O3
-(arXiv:2211.10438, table 2) without (naive) and with smoothing. Calibrated on the training half of the standard
-library's documentation, measured on the half that the base never saw. Such outliers are the exact inverse of smoothing,
-so that it recovers them by construction: this shows that inputs round as they should, not how well smoothing does
-elsewhere.
+written down). Then it is quantized in memory: LLM.int8(), W8A8 by channel and token, SmoothQuant's O1, O2 and O3
+(arXiv:2211.10438, table 2) without (naive) and with smoothing, and static ranges as Outlier Suppression has them
+(arXiv:2209.13325): after gamma migration, by token-wise clipping, and both, in 8 and in 6 bits. Calibrated on the
+training half of the standard library's documentation, measured on the half that the base never saw. Such outliers are
+the exact inverse of smoothing, so that it recovers them by construction: this shows that inputs round as they should,
+not how well smoothing does elsewhere (scripts/bench_outlier_seeded.py does that).
 
 Writes benchmarks/results/w8a8.json and the table of docs/quantization.md; rows already in the file are kept, so an
 interrupted benchmark goes on where it stopped.
@@ -38,10 +39,19 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "W8A8 O2 (tensor, tensor)": TENSOR,
     "W8A8 O3 (tensor, static)": TENSOR | {"static": True},
 }
+PAPER = "LLM.int8(), weights of outliers in 16 bits"
+"""As the paper has it. bitsandbytes, and we, multiply outliers by weights that were rounded to int8 like all others."""
+STATIC: dict[str, dict[str, Any]] = {
+    "w8a8": TENSOR | {"static": True},
+    "w6a6": {"activations": "tensor", "static": True},
+}
+"""Of Outlier Suppression's rows, by format."""
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--gains", type=int, nargs="+", choices=GAINS, default=GAINS, help="of this run")
+    asked = arguments.parse_args().gains
     import torch
 
     import finetune as ft
@@ -50,8 +60,9 @@ def main() -> None:
     from finetune.quant.driver import Driver
     from finetune.quant.int8_storage import Int8Config
     from finetune.quant.rounders.rtn import RTN
+    from finetune.quant.transforms.gamma import Gamma
     from finetune.quant.transforms.smoothquant import SmoothQuant
-    from finetune.quant.w8a8 import W8A8Config
+    from finetune.quant.w8a8 import W6A6Config, W8A8Config
     from finetune.quantize.config import CalibrationConfig
     from finetune.quantize.measure import Reference
     from finetune.quantize.text import batches_of, read_text
@@ -62,32 +73,48 @@ def main() -> None:
     config = CalibrationConfig(calibration="pydocs", eval="pydocs", samples=PIECES, max_length=LENGTH)
     text = read_text(config, tokenizer, len(tokenizer), LENGTH, W8A8Config())
     reference, batches = Reference(model, text.eval[:EVAL]), batches_of(text.calibration)
-    methods: dict[str, tuple[Any, bool]] = {"LLM.int8()": (Int8Config(), False)}
-    for smooth in (False, True):
+    methods: dict[str, tuple[Any, Any]] = {
+        "LLM.int8()": (Int8Config(), None),
+        PAPER: (Int8Config(), None),
+        "LLM.int8(), smoothed": (Int8Config(), SmoothQuant),
+    }
+    for ending, transform in (("", None), (", smoothed", SmoothQuant)):
         for name, settings in SETTINGS.items():
-            methods[f"{name}{', smoothed' if smooth else ''}"] = (W8A8Config(**settings), smooth)
-    rows: list[dict[str, Any]] = json.loads(RESULT.read_text("utf-8"))["rows"] if RESULT.is_file() else []
-    done = {(row["gain"], row["method"]) for row in rows}
-    for gain in reversed(GAINS):
+            methods[name + ending] = (W8A8Config(**settings), transform)
+    for ending, transform in (("", None), (", gamma", Gamma)):
+        for clip in ("none", "token_wise"):
+            ends = ending + (", token-wise" if clip != "none" else "")
+            if ends:  # without either it is O3
+                methods[f"W8A8 O3{ends}"] = (W8A8Config(**STATIC["w8a8"], clip=clip), transform)
+            methods[f"W6A6 (channel, static){ends}"] = (W6A6Config(**STATIC["w6a6"], clip=clip), transform)
+    order = [(gain, name) for gain in reversed(GAINS) for name in methods]
+    for gain in sorted(asked, reverse=True):
         injected = copy.deepcopy(model)
         if gain > 1:
             inject(injected, gain, batches[0])
         with torch.no_grad():
             change = float((injected(**batches[0]).logits - model(**batches[0]).logits).abs().max())
-        for name, (quant, smooth) in methods.items():
-            if (gain, name) in done:
+        for name, (quant, transform) in methods.items():
+            if any((row["gain"], row["method"]) == (gain, name) for row in known()):
                 continue
             twin = copy.deepcopy(injected)
-            transform = SmoothQuant() if smooth else None
-            seen = batches if smooth or quant.needs_inputs else []
-            Driver(twin, inspect(twin), quant, RTN(), seen, transform=transform).go()
+            seen = batches if transform or quant.needs_inputs else []
+            Driver(twin, inspect(twin), quant, RTN(), seen, transform=transform() if transform else None).go()
+            if name == PAPER:
+                keep_outlier_weights(twin, injected)
             row = {"gain": gain, "method": name, "logit_change": change, **reference.compare(twin)}
-            rows.append(row)
+            rows = sorted([*known(), row], key=lambda each: order.index((each["gain"], each["method"])))
             print(f"x{gain:<3} {name:<36} perplexity {row['perplexity']:.3f} KL {row['kl_mean']:.5f}", flush=True)
             facts = {"pieces": PIECES, "length": LENGTH, "channels": CHANNELS, "eval_tokens": row["tokens"]}
             document = {"format_version": 1, "machine": describe_machine(), **facts, "rows": rows}
             RESULT.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
-    write_page(rows)
+    if len(known()) == len(order):
+        write_page(known())
+
+
+def known() -> list[dict[str, Any]]:
+    """The rows in the file."""
+    return json.loads(RESULT.read_text("utf-8"))["rows"] if RESULT.is_file() else []
 
 
 def inject(model: Any, gain: float, batch: dict[str, Any]) -> None:
@@ -109,21 +136,49 @@ def inject(model: Any, gain: float, batch: dict[str, Any]) -> None:
                 fold(model, scaling, by_I)
 
 
+def keep_outlier_weights(model: Any, dense: Any) -> None:
+    """Have each layer multiply the inputs of outlier columns by the weights that they had before rounding."""
+    import torch
+
+    from finetune.kernels.int8 import quantize_rows
+    from finetune.quant.int8 import Int8Linear
+
+    def corrected(lost_OI: Any, threshold: float) -> Any:
+        def hook(_module: Any, inputs: tuple[Any, ...], y_BO: Any) -> Any:
+            x_MI = inputs[0].reshape(-1, inputs[0].shape[-1])
+            outlier_I = quantize_rows(x_MI, threshold).outlier_I
+            return y_BO + torch.where(outlier_I, inputs[0], 0) @ lost_OI.T
+
+        return hook
+
+    for name, module in model.named_modules():
+        if isinstance(module, Int8Linear):
+            w_OI = dense.get_submodule(name).weight.detach().to(torch.float16).float()
+            module.register_forward_hook(corrected(w_OI - module.dequantize(torch.float32), module.threshold))
+
+
 def write_page(rows: list[dict[str, Any]]) -> None:
     """Put the table in the page, between its marks."""
     found = {(row["gain"], row["method"]): row for row in rows}
     columns = [f"{'as trained' if gain == 1 else f'x{gain}'}" for gain in GAINS]
     dense = rows[0]["perplexity_dense"]
-    methods = [row["method"] for row in rows if row["gain"] == GAINS[-1]]
+    methods = list(dict.fromkeys(row["method"] for row in rows))
     lines = ["| perplexity (KL) | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(GAINS)]
     lines.append(f"| dense | {' | '.join([f'{dense:.2f}'] * len(GAINS))} |")
     for method in methods:
         cells = [found[gain, method] for gain in GAINS]
-        lines.append(f"| {method} | " + " | ".join(f"{c['perplexity']:.2f} ({c['kl_mean']:.4f})" for c in cells) + " |")
+        lines.append(
+            f"| {method} | " + " | ".join(f"{shown(c['perplexity'])} ({c['kl_mean']:.4f})" for c in cells) + " |"
+        )
     text = PAGE.read_text("utf-8")
     before, _, rest = text.partition(START)
     if rest:
         PAGE.write_text(before + START + "\n" + "\n".join(lines) + "\n" + END + rest.partition(END)[2], "utf-8")
+
+
+def shown(perplexity: float) -> str:
+    """A perplexity for people; where nothing is left of a model, its order of magnitude."""
+    return f"{perplexity:.2f}" if perplexity < 1e5 else f"{perplexity:.0e}"
 
 
 if __name__ == "__main__":
