@@ -83,6 +83,11 @@ def _make(config: QuantizeConfig, headers: list[Header], target: Path, signals: 
     dtype = torch_dtype(_dtype(config, headers, directory))
     pruner = pruner_of(config, read_json(directory / "config.json", ""))
     reader, held = reader_of(config, directory, headers, dtype, str(make_accelerator(config.device).device))
+    if getattr(config.quant, "head", False) and inspect(reader.empty).head is None:
+        raise ConfigError(
+            f"quant.head=true, but {config.model.path} holds a {held.words} without an output head over tokens:"
+            " expected false"
+        )
     if config.pruner.prunes:
         check_pattern(config.pruner, inspect(reader.empty))
     cut = cut_of(config, reader.empty, held)

@@ -209,3 +209,8 @@ def test_what_an_encoder_with_a_decoder_cannot_be_calibrated_with(texts: Path, t
         run(t5(tmp_path / "base"), texts, tmp_path / "out", *GPTQ)
     with pytest.raises(ModelError, match="an encoder and a decoder without their head"):
         run(t5(tmp_path / "bare", "T5Model"), texts, tmp_path / "out", *GPTQ)
+
+
+def test_a_head_over_tokens_that_there_is_not(classifier: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds a sequence classifier without an output head over tokens"):
+        run(classifier, None, tmp_path / "out", "quant=int4", "quant.head=true")
