@@ -15,7 +15,7 @@ SHORTEST_ROW = 2
 """Tokens of a row that something can be learnt from."""
 
 if TYPE_CHECKING:
-    from finetune.adapters.base import Adapter
+    from finetune.adapters.base import Adapter, Learner
     from finetune.export.base import Format
     from finetune.model.task import Task
 
@@ -87,7 +87,7 @@ def check_fit(config: RunConfig) -> None:
     check_training(config, adapter)
 
 
-def check_training(config: RunConfig, adapter: Adapter) -> int:
+def check_training(config: RunConfig, adapter: Learner) -> int:
     """Whether an adapter can train as it is asked to, and how many tokens of a row the model then has positions for.
 
     Raises:

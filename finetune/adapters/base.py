@@ -112,21 +112,42 @@ ADAPTERS: Registry[AdapterConfig] = Registry("adapter", "finetune.adapters")
 """`ADAPTERS.build(config, model)` attaches to the model in place and returns an `Adapter`."""
 
 
-class Adapter(ABC):
-    """An attached adapter. Held beside the model, never inside it."""
+class Learner(ABC):
+    """As much of an adapter as the training loop needs: a model, and what trains in it."""
 
     config: AdapterConfig
     model: nn.Module
-    copies: Mapping[str, Any] = {}
-    """Modules that train whole (`full_copy.FullCopy`), by their names in the model."""
     task_head: Sequence[str] = ()
-    """Those among `copies` that were made for the task: they start from nothing, and learn at a rate of their own."""
-    members: Mapping[str, Adapter] = {}
-    """What an adapter is made of, by the names of their directories inside its own."""
+    """Modules that train whole, made for the task: they start from nothing, and learn at a rate of their own."""
 
     @abstractmethod
     def trainable(self) -> dict[str, nn.Parameter]:
         """Every tensor that trains, by its full name in the model; nothing else requires a gradient."""
+
+    def learning_rate_scales(self) -> dict[str, float]:
+        """Factors on the learning rate, by names of `trainable()`; what is not among them learns at the plain rate."""
+        return {}
+
+    @property
+    def virtual_tokens(self) -> int:
+        """How many positions of the model's context it takes up before the first token of every row."""
+        return 0
+
+    def training_obstacle(self, *, gradient_checkpointing: bool, packing: bool) -> str:
+        """Why the method cannot train this model in such a way, naming the setting; empty where it can.
+
+        docs/methods.md lists every pair that is refused, with the reason.
+        """
+        return ""
+
+
+class Adapter(Learner):
+    """An attached adapter. Held beside the model, never inside it."""
+
+    copies: Mapping[str, Any] = {}
+    """Modules that train whole (`full_copy.FullCopy`), by their names in the model."""
+    members: Mapping[str, Adapter] = {}
+    """What an adapter is made of, by the names of their directories inside its own."""
 
     @property
     def note(self) -> str:
@@ -163,10 +184,6 @@ class Adapter(ABC):
         """Whether the model, before the first step, computes what the base computes, bit for bit."""
         return True
 
-    def learning_rate_scales(self) -> dict[str, float]:
-        """Factors on the learning rate, by names of `trainable()`; what is not among them learns at the plain rate."""
-        return {}
-
     @abstractmethod
     def disabled(self) -> AbstractContextManager[None]:
         """Within it the model computes exactly what the base computes."""
@@ -199,18 +216,6 @@ class Adapter(ABC):
             yield
         finally:
             self.mount()
-
-    @property
-    def virtual_tokens(self) -> int:
-        """How many positions of the model's context it takes up before the first token of every row."""
-        return 0
-
-    def training_obstacle(self, *, gradient_checkpointing: bool, packing: bool) -> str:
-        """Why the method cannot train this model in such a way, naming the setting; empty where it can.
-
-        docs/methods.md lists every pair that is refused, with the reason.
-        """
-        return ""
 
     @property
     @abstractmethod

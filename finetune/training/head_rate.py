@@ -15,14 +15,14 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
-from finetune.adapters.base import Adapter
+from finetune.adapters.base import Learner
 from finetune.data.rows import Batch
 from finetune.structure.experiments import in_mode
 from finetune.training.config import TrainConfig
 
 
 @torch.no_grad()
-def head_scales(config: TrainConfig, adapter: Adapter, batch: Batch) -> dict[str, float]:
+def head_scales(config: TrainConfig, adapter: Learner, batch: Batch) -> dict[str, float]:
     """Factors on the peak for a head's projections, by names of what trains; empty without such a head.
 
     Args:
@@ -51,7 +51,7 @@ def head_scales(config: TrainConfig, adapter: Adapter, batch: Batch) -> dict[str
     }
 
 
-def _projections(adapter: Adapter) -> Iterator[tuple[str, nn.Linear]]:
+def _projections(adapter: Learner) -> Iterator[tuple[str, nn.Linear]]:
     """The linear layers that train in the head, by their names in the model."""
     for module in adapter.task_head:
         whole = f"{module}.trained"

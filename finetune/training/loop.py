@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from finetune.adapters.base import Adapter
+from finetune.adapters.base import Learner
 from finetune.data.rows import TokenRows
 from finetune.errors import RunError
 from finetune.training import checkpoint, state
@@ -44,7 +44,7 @@ LOSS_SCALE = 2.0**12
 
 def train(
     model: nn.Module,
-    adapter: Adapter,
+    adapter: Learner,
     rows: TokenRows,
     eval_rows: TokenRows,
     *,

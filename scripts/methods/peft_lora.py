@@ -5,20 +5,17 @@ On the dense base alone: stock PEFT knows no base of ours that is quantized.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from finetune.adapters.base import Adapter, AdapterConfig
+from finetune.adapters.base import AdapterConfig, Learner
 from finetune.adapters.lora import LoRAConfig
 
 
-class PeftLoRA(Adapter):
-    """As much of an adapter as the loop needs."""
+class PeftLoRA(Learner):
+    """A model with PEFT's LoRA in it."""
 
     def __init__(self, model: nn.Module, config: AdapterConfig) -> None:
         from peft import LoraConfig, get_peft_model
@@ -27,32 +24,11 @@ class PeftLoRA(Adapter):
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         settings = LoraConfig(r=LoRAConfig().rank, target_modules="all-linear", task_type="CAUSAL_LM")
-        self.wrapper = get_peft_model(model, settings)  # changes the model in place
+        get_peft_model(model, settings)  # changes the model in place
 
     def trainable(self) -> dict[str, nn.Parameter]:
+        """What PEFT lets train."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-
-    @property
-    def mergeable(self) -> bool:
-        return False
-
-    def disabled(self) -> AbstractContextManager[None]:
-        raise NotImplementedError
-
-    def mount(self) -> None:
-        raise NotImplementedError
-
-    def unmount(self) -> None:
-        raise NotImplementedError
-
-    def merged(self) -> Iterator[tuple[str, Tensor]]:
-        raise NotImplementedError
-
-    def save(self, directory: Path) -> None:
-        raise NotImplementedError
-
-    def load(self, directory: Path) -> None:
-        raise NotImplementedError
 
 
 def take_place(runner: Any) -> None:
