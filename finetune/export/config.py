@@ -15,7 +15,8 @@ class ExportConfig:
     """The exports of a run.
 
     Attributes:
-        formats: of `safetensors`, `bnb-nf4`, `peft`; may be empty. `auto` writes all that the method can be written as.
+        formats: of `safetensors`, `bnb-nf4`, `peft`, `compressed-tensors`; may be empty. `auto` writes all that the
+            method can be written as.
         min_retained: least share of the improvement in held-out loss that an export must keep, in [0, 1].
         max_kl: most mean KL from the unmerged model, nats a token: the gate where the improvement is too small to
             divide by, and one more gate for formats that lose nothing but rounding.
