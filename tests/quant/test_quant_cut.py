@@ -106,6 +106,32 @@ def test_fitting_what_is_left_comes_nearer_and_the_choice_by_loss_nearest() -> N
     assert pruner.summary.parts[0]["error_magnitude"] == pytest.approx(errors["size"], rel=1e-5)
 
 
+@torch.no_grad()
+def outputs_of(model: Any, name: str) -> torch.Tensor:
+    """What a module gives for the text that was calibrated on."""
+    seen: list[torch.Tensor] = []
+    handle = model.get_submodule(name).register_forward_hook(lambda _m, _a, output: seen.append(output.flatten(0, -2)))
+    for batch in families.batches():
+        model(**batch)
+    handle.remove()
+    return torch.cat(seen).double()
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"), [("OPT", ChannelsConfig(sparsity=0.5, multiple_of=1)), ("Llama", HeadsConfig(sparsity=0.5))]
+)
+def test_the_error_that_is_told_is_the_one_that_there_is(family: str, settings: Any) -> None:
+    """A bias that took part in the fit included."""
+    model = families.model_of(family)
+    (first, *_) = families.readers_of(model, settings.name)
+    wanted = outputs_of(model, first.name)
+    bias = getattr(model.get_submodule(first.name), "bias", None)
+    size = (wanted if bias is None else wanted - bias.detach().double()).square().sum()
+    (told, *_) = families.cut(model, settings).summary.parts
+    error = (outputs_of(model, first.name) - wanted).square().sum() / size
+    assert told["name"] == first.name and told["error"] == pytest.approx(float(error), rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("family", "settings", "words"),
     [
