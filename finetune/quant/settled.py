@@ -115,8 +115,8 @@ class Settled:
         return self.forward()
 
     def undo(self) -> None:
-        """Have every part in its place."""
-        for path, part in self._places:
+        """Have every part in its place, the outer before those within."""
+        for path, part in reversed(self._places):
             self._put(path, part)
         self._kept.clear()
 
