@@ -103,9 +103,7 @@ class LoRALinear(AdaptedLinear):
         x_BI, bias_O = autocast(x_BI, self.bias)
         product = (*self.factors(), self.scaling, self.pruned_base().cleared)
         stored, own = self.stored, self.stored is self.base
-        # In 16 bits the sum would round most of the product away.
-        whole = isinstance(stored, DenseLinear) and x_BI.dtype in (torch.float32, torch.float64)
-        if whole and not dropout:
+        if isinstance(stored, DenseLinear) and own and not dropout:
             return masked_lora_linear(x_BI, *product, lambda: stored.dequantize(x_BI.dtype), bias_O)
         if own:
             y_BO: Tensor = self.base(x_BI)

@@ -39,28 +39,38 @@ def masked_lora_linear(
     Args:
         a_RI, b_OR: the factors, in any float dtype; cast to that of `x_BI`, and their gradients come in their own.
         scaling: s.
-        cleared: bool, where M is 0.
+        cleared: bool, where M is 0; W is 0 there too.
         base: W, in the dtype of `x_BI`; None for nothing.
     """
     x_BI, bias_O = autocast(x_BI, bias_O)
     with no_autocast(x_BI):
-        w_OI = None if base is None else base()
-        return _Masked.apply(x_BI, bias_O, a_RI.to(x_BI.dtype), b_OR.to(x_BI.dtype), scaling, cleared(), w_OI)
+        w_OI, kept_OI = None if base is None else base(), cleared().logical_not()
+        if x_BI.element_size() == 2:
+            kept_OI = kept_OI.to(x_BI.dtype)  # four times as fast to multiply by, and a byte more
+        return _Masked.apply(x_BI, bias_O, a_RI.to(x_BI.dtype), b_OR.to(x_BI.dtype), scaling, kept_OI, w_OI)
 
 
-def _weight(a_RI: Tensor, b_OR: Tensor, cleared_OI: Tensor, w_OI: Tensor | None) -> Tensor:
-    """M o (W + B A), in memory as W is, so that a product has the bits that it has with W alone."""
-    if w_OI is None:
-        sum_OI = b_OR @ a_RI
-    elif w_OI.is_contiguous():
-        sum_OI = torch.addmm(w_OI, b_OR, a_RI)
+def _weights(a_RI: Tensor, b_OR: Tensor, kept_OI: Tensor, w_OI: Tensor | None) -> list[Tensor]:
+    """W + M o B A in as many terms as it takes: in 16 bits the sum would round most of the product away.
+
+    In memory the sum lies as W does, so that a product has the bits that it has with W alone.
+    """
+    if w_OI is None or w_OI.is_contiguous():
+        change_OI = b_OR @ a_RI
     else:
-        sum_OI = torch.addmm(w_OI.t(), a_RI.t(), b_OR.t()).t()
-    return sum_OI.masked_fill_(cleared_OI, 0)
+        change_OI = (a_RI.t() @ b_OR.t()).t()
+    change_OI.mul_(kept_OI)  # masked_fill_ takes ten times as long on CPUs
+    if w_OI is None:
+        return [change_OI]
+    return [w_OI, change_OI] if w_OI.element_size() == 2 else [change_OI.add_(w_OI)]
+
+
+def _rows(x_BX: Tensor) -> Tensor:
+    return x_BX.reshape(-1, x_BX.shape[-1])
 
 
 class _Masked(torch.autograd.Function):
-    """Keeps the sum and the mask for the backward: to form them again costs more than they take, in 16 bits."""
+    """Keeps the terms and the mask for the backward: to form them again costs more than they take, in 16 bits."""
 
     @staticmethod
     def forward(
@@ -70,27 +80,32 @@ class _Masked(torch.autograd.Function):
         a: Tensor,
         b: Tensor,
         scaling: float,
-        cleared: Tensor,
+        kept: Tensor,
         w: Tensor | None,
     ) -> Tensor:
-        weight_OI = _weight(a, b * scaling, cleared, w)
-        ctx.save_for_backward(x, a, b, cleared, weight_OI)
+        first, *more = _weights(a, b * scaling, kept, w)
+        ctx.save_for_backward(x, a, b, kept, first, *more)
         ctx.scaling = scaling
+        y_BO = torch.nn.functional.linear(x, first, bias).contiguous()
+        for weight_OI in more:
+            _rows(y_BO).addmm_(_rows(x), weight_OI.t())
         # What is made of flattened rows may be a view, which nobody may write to: models add to outputs in place.
-        return torch.nn.functional.linear(x, weight_OI, bias).detach()
+        return y_BO.detach()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BO: Tensor) -> tuple[Any, ...]:
-        x_BI, a_RI, b_OR, cleared_OI, weight_OI = ctx.saved_tensors
+        x_BI, a_RI, b_OR, kept_OI, first, *more = ctx.saved_tensors
         need_x, need_bias, need_a, need_b, *_ = ctx.needs_input_grad
-        grad_NO, x_NI = grad_BO.reshape(-1, grad_BO.shape[-1]), x_BI.reshape(-1, x_BI.shape[-1])
-        grad_a = grad_b = None
+        grad_x = grad_a = grad_b = None
         with no_autocast(grad_BO):
             if need_a or need_b:
-                of_sum_OI = (grad_NO.t() @ x_NI).masked_fill_(cleared_OI, 0)
+                of_sum_OI = (_rows(grad_BO).t() @ _rows(x_BI)).mul_(kept_OI)
                 grad_a = (b_OR.t() @ of_sum_OI).mul_(ctx.scaling)
                 grad_b = (of_sum_OI @ a_RI.t()).mul_(ctx.scaling)
-            grad_x = grad_BO @ weight_OI if need_x else None
-            grad_bias = grad_NO.sum(dim=0) if need_bias else None
+            if need_x:
+                grad_x = (grad_BO @ first).contiguous()
+                for weight_OI in more:
+                    _rows(grad_x).addmm_(_rows(grad_BO), weight_OI)
+            grad_bias = _rows(grad_BO).sum(dim=0) if need_bias else None
         return grad_x, grad_bias, grad_a, grad_b, None, None, None
