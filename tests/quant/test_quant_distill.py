@@ -9,13 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig
+from transformers import AutoModelForCausalLM, BertConfig, GPT2Config, LlamaConfig, MixtralConfig
 
 from finetune.errors import ConfigError
 from finetune.quant.affine import Int2Config, Int3Config
 from finetune.quant.base import QUANTIZERS, FrozenWeight, QuantConfig
+from finetune.quant.dense import DenseConfig
 from finetune.quant.distill import DistillConfig, Distiller, _Linear, _Stack
 from finetune.quant.driver import Driver
+from finetune.quant.freeze import freeze
 from finetune.quant.ggml import Q4_0Config
 from finetune.quant.nf4 import NF4Config
 from finetune.quant.packed import PackedWeight
@@ -38,6 +40,7 @@ CONFIGS: dict[str, Any] = {
     "llama": LlamaConfig(**SIZES),
     "gpt2": GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=64),
     "mixtral": MixtralConfig(**SIZES, num_local_experts=3, num_experts_per_tok=2),
+    "bert": BertConfig(**{k: v for k, v in SIZES.items() if k != "num_key_value_heads"}, is_decoder=True),
 }
 STEPS = DistillConfig(steps=12, learning_rate=0.02)
 
@@ -69,6 +72,7 @@ CASES: list[tuple[str, QuantConfig, torch.dtype]] = [
     ("llama", NF4Config(double_quant=True), torch.float32),
     ("llama", Q4_0Config(), torch.float32),
     ("gpt2", Int2Config(group_size=32, symmetric=True), torch.float32),
+    ("bert", Int3Config(group_size=32), torch.float32),  # finished parts lie within one another
     ("mixtral", Int3Config(group_size=32), torch.float32),
     ("mixtral", W4A8Config(group_size=16), torch.float32),
 ]
@@ -83,6 +87,7 @@ def test_blocks_come_nearer_to_the_dense_ones(family: str, quant: QuantConfig, d
     share = 0.97 if dtype == torch.float32 and quant.name != "w6a6" else 1.0  # where rounding inputs errs more
     assert all(each.after <= share * each.before for each in distiller.done)
     assert all(not parameter.requires_grad for parameter in trained.parameters())
+    assert [name for name, _ in trained.named_modules()] == [name for name, _ in _modules(model)]
     # What is reported is the error of what is stored, against the dense block on the same inputs.
     last = structure.blocks[-1]
     calls = record(trained, [last], batches())
@@ -96,6 +101,13 @@ def test_blocks_come_nearer_to_the_dense_ones(family: str, quant: QuantConfig, d
         error += float((output.double() - target.double()).square().sum())
         energy += float(target.double().square().sum())
     assert error / energy == pytest.approx(distiller.done[-1].after, rel=1e-3)
+
+
+def _modules(model: Any) -> Any:
+    """Of a model with everything in its place; stacks of experts become modules."""
+    twin = copy.deepcopy(model)
+    freeze(twin, DenseConfig(), inspect(twin))
+    return twin.named_modules()
 
 
 def test_norms_and_codes_move_and_scales_stay() -> None:
