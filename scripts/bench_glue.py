@@ -26,6 +26,7 @@ import json
 import statistics
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -280,7 +281,9 @@ def write(rows: list[dict[str, Any]]) -> None:
 
 
 def page(text: str, rows: list[dict[str, Any]]) -> str:
-    """The page with the table between its marks; the mean over seeds, and the largest distance from it."""
+    """The page with the table between its marks; the mean over seeds that are complete, and the largest distance."""
+    counts = Counter((row["task"], row["seed"]) for row in rows)
+    rows = [row for row in rows if counts[row["task"], row["seed"]] == len(VARIANTS)]
     tasks = [task for task in TASKS if any(row["task"] == task for row in rows)]
     head = [f"{title}, {metric} | loss | KL" for title, metric, _ in (TASKS[task] for task in tasks)]
     lines = [f"| | {' | '.join(head)} |", "| --- |" + " --- |" * 3 * len(tasks)]
@@ -296,8 +299,6 @@ def _cells(task: str, rows: list[dict[str, Any]], name: str) -> str:
     """Metric, loss and KL of a variant; what the dense model gives is in every row."""
     dense = name == "dense"
     mine = list({row["seed"]: row for row in rows if dense or row["variant"] == name}.values())
-    if not mine:
-        return " | | "
     ending = "_dense" if dense else ""
     values, losses = ([row[f"{key}{ending}"] for row in mine] for key in (TASKS[task][1], "loss"))
     spread = max(abs(value - statistics.fmean(values)) for value in values)
