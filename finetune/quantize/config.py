@@ -137,7 +137,7 @@ class QuantizeConfig:
                     f"quant={self.quant.name} rounds nothing, so {group}={choice} has no say: expected {group}={idle}"
                 )
         if self.distill.steps:
-            raise ConfigError(f"quant={self.quant.name} has no codes, so distill.steps has no say: expected distill.steps=0")
+            raise ConfigError(f"quant={self.quant.name} has no codes, so distill.steps has no say: expected 0")
 
     def target(self) -> Path:
         """The directory to write.
