@@ -182,14 +182,16 @@ class Driver:
         def keep(part: str, hidden: Iterator[Tensor]) -> Sink:
             return self.resident.keep(part, number, hidden)
 
-        return Settled(self.model.get_submodule(name), name, [p.name for p in projections], forward, keep)
+        return Settled(
+            self.model.get_submodule(name), name, [p.name for p in projections], forward, len(self.batches), keep
+        )
 
     def _block(self, projections: list[Projection], settled: Settled) -> None:
         """The projections of one block, group after group of those that read the same."""
         if self.transform is not None and projections:
             self.transform.block(self, projections, settled.run)
         by_name = {p.name: p for p in projections}
-        groups = reading_alike(self.model, projections, lambda: next(settled.run()))
+        groups = reading_alike(self.model, projections, settled.rehearse)
         grouped = {name for names, _ in groups for name in names}
         # Not used in the first batch, as experts may be: what each of them reads is its own.
         rest = [p for p in projections if p.name not in grouped]
@@ -218,7 +220,7 @@ class Driver:
                 raise Enough
 
         with watching(self.model, watched, saw):
-            settled.gather(once and ordered)
+            settled.gather(group[0].name if once and ordered and len(group) == 1 else None)
         for reader in watched if self.quant.clipped_bits else ():
             gram = seen.get((reader.name, 0))
             if gram is not None and reader.kind != "experts":

@@ -1,15 +1,15 @@
-"""Parts of a block that are finished: what they put out is kept, and later runs of the block need not compute it again.
+"""Parts of a block that are finished are not run again: what their last projection reads is kept.
 
-Once all projections of a block's attention are quantized, nothing changes any more what it puts out: the runs on which
-the rest of the block is calibrated, and the last one, take it from where it is kept. Which parts are finished follows
-from names. That a part is run once, before what is still to be quantized, and puts out hidden states and nothing else
-is seen, not assumed: a part of which that is not so is run again each time.
+Once the projections of a block's attention are quantized, nothing changes any more what it puts out. The runs on which
+the rest of the block is calibrated, and the last one, multiply what is kept by the last projection and go on from
+there. That a part puts out what its last projection does, and nothing beside, is seen in a run, not assumed; a part of
+which that is not so, or that would take too much room, is run like everything else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -17,38 +17,37 @@ from finetune.quant.replay import Sink
 
 Forward = Callable[[], Iterator[Tensor]]
 Keep = Callable[[str, Iterator[Tensor]], Sink]
+MOST_BYTES = 1 << 30
+"""Of what one projection reads, that are kept while its block is worked on."""
+
+
+class _End(NamedTuple):
+    """A part that puts out what a projection in it does.
+
+    Attributes:
+        path: of the part within the block.
+        others: how many times it puts out None beside; None for the hidden states alone.
+        bytes: that the projection reads in one run.
+    """
+
+    path: str
+    others: int | None
+    bytes: int
 
 
 class _StandIn(nn.Module):
-    """Takes the place of a part: notes what it puts out, or gives what it put out before."""
+    """Takes the place of a part: puts out what its last projection makes of what is kept."""
 
-    def __init__(self, part: nn.Module) -> None:
+    def __init__(self, part: nn.Module, projection: nn.Module, others: int | None, sink: Sink) -> None:
         super().__init__()
         self.__dict__["part"] = part  # not as a child: nobody looks for projections in it any more
-        self.put_out: list[Any] = []
-        self.others: int | None = None
-        self.kept: Iterator[Tensor] | None = None
+        self.__dict__["projection"] = projection
+        self.others, self.sink = others, sink
+        self.kept: Iterator[Tensor] = iter(())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.kept is not None:
-            hidden = next(self.kept).clone()  # whoever adds to it in place adds to his own
-            return hidden if self.others is None else (hidden, *[None] * self.others)
-        output = self.__dict__["part"](*args, **kwargs)
-        self.put_out.append(output.clone() if isinstance(output, Tensor) else output)
-        return output
-
-    def taken(self, like: Tensor) -> Tensor | None:
-        """The hidden states that were put out since it was last asked; None unless once, and nothing else with them."""
-        outputs, self.put_out = self.put_out, []
-        if len(outputs) != 1:
-            return None
-        hidden, others = outputs[0], None
-        if isinstance(hidden, tuple) and hidden and all(other is None for other in hidden[1:]):
-            hidden, others = hidden[0], len(hidden) - 1
-        if not isinstance(hidden, Tensor) or hidden.shape != like.shape:
-            return None
-        self.others = others
-        return hidden
+        hidden = self.__dict__["projection"](next(self.kept))
+        return hidden if self.others is None else (hidden, *[None] * self.others)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -65,70 +64,108 @@ class Settled:
         name: of it.
         names: of its projections, which begin with its own.
         forward: runs it over all batches, one a step.
-        keep: keeps hidden states, given a name for them.
+        batches: how many there are.
+        keep: keeps what is read, given a name for it.
     """
 
-    def __init__(self, block: nn.Module, name: str, names: Iterable[str], forward: Forward, keep: Keep) -> None:
-        self.block, self.name, self.names, self.forward, self.keep = block, name, set(names), forward, keep
+    def __init__(
+        self, block: nn.Module, name: str, names: Iterable[str], forward: Forward, batches: int, keep: Keep
+    ) -> None:
+        self.block, self.forward, self.batches, self.keep = block, forward, batches, keep
+        self.prefix = f"{name}."
+        self.paths = {each.removeprefix(self.prefix) for each in names}
+        self._ends: dict[str, _End] = {}
         self._done: set[str] = set()
-        self._kept: list[tuple[_StandIn, Sink]] = []
-        self._places: list[tuple[str, nn.Module]] = []
+        self._read: dict[str, Sink] = {}
+        self._places: list[tuple[str, nn.Module, _StandIn]] = []
 
-    def done(self, names: Iterable[str]) -> None:
-        """Projections that are quantized."""
-        self._done.update(names)
+    def rehearse(self) -> None:
+        """Run the block once, and see which parts of it end in which projection."""
+        calls: dict[str, list[tuple[Any, Any]]] = {}
 
-    def gather(self, ordered: bool) -> None:
+        def note(path: str) -> Callable[..., None]:
+            return lambda _module, args, output: calls.setdefault(path, []).append((args, output))
+
+        handles = [m.register_forward_hook(note(path)) for path, m in self.block.named_modules() if path]
+        try:
+            next(self.run())
+        finally:
+            for handle in handles:
+                handle.remove()
+        once = {path: found[0] for path, found in calls.items() if len(found) == 1}
+        for path in self.paths & once.keys():
+            args, own = once[path]
+            for part, (_, output) in once.items():
+                form = _form(own, output) if path.startswith(f"{part}.") else None
+                if form is not None and args and isinstance(args[0], Tensor):
+                    best = self._ends.get(path)
+                    if best is None or len(part) < len(best.path):
+                        self._ends[path] = _End(part, form[0], args[0].numel() * args[0].element_size())
+
+    def gather(self, reader: str | None) -> None:
         """Run the block over all batches.
 
         Args:
-            ordered: what is run comes before whatever is not quantized.
+            reader: a projection; what it reads is kept where a part ends in it. It comes before whatever is not
+                quantized yet, and is about to be. None for no such one.
         """
-        path = self._finished() if ordered else None
-        if path is None:
+        path = (reader or "").removeprefix(self.prefix)
+        end = self._ends.get(path)
+        if end is None or end.bytes * self.batches > MOST_BYTES:
             for _ in self.run():
                 pass
             return
-        part, odd = self.block.get_submodule(path), False
-        stand_in = _StandIn(part)
+        seen: list[Tensor] = []
 
-        def put_out() -> Iterator[Tensor]:
-            nonlocal odd
-            for hidden in self.run():
-                found = stand_in.taken(hidden)
-                odd |= found is None
-                if found is not None:
-                    yield found
+        def read() -> Iterator[Tensor]:
+            for _ in self.run():
+                if seen:
+                    yield seen.pop()
 
-        self._put(path, stand_in)
-        sink = self.keep(f"part{len(self._places)}", put_out())
-        self._places.append((path, part))
-        if odd:
-            self._put(path, part)
-        else:
-            self._kept.append((stand_in, sink))
+        module = self.block.get_submodule(path)
+        handle = module.register_forward_pre_hook(lambda _module, args: seen.append(args[0]), prepend=True)
+        try:
+            sink = self.keep(f"read{len(self._places)}", read())
+        finally:
+            handle.remove()
+        if len(sink) == self.batches:
+            self._read[path] = sink
+
+    def done(self, names: Iterable[str]) -> None:
+        """These projections are quantized."""
+        paths = {name.removeprefix(self.prefix) for name in names}
+        self._done |= paths
+        for path in paths & self._read.keys():
+            end = self._ends[path]
+            if {each for each in self.paths if each.startswith(f"{end.path}.")} <= self._done:
+                part, projection = self.block.get_submodule(end.path), self.block.get_submodule(path)
+                stand_in = _StandIn(part, projection, end.others, self._read[path])
+                self._places.append((end.path, part, stand_in))
+                self._put(end.path, stand_in)
 
     def run(self) -> Iterator[Tensor]:
-        """As `forward`, with what is kept."""
-        for stand_in, sink in self._kept:
-            stand_in.kept = iter(sink)
+        """As `forward`, going on from what is kept."""
+        for _, _, stand_in in self._places:
+            stand_in.kept = iter(stand_in.sink)
         return self.forward()
 
     def undo(self) -> None:
         """Have every part in its place, the outer before those within."""
-        for path, part in reversed(self._places):
+        for path, part, _ in reversed(self._places):
             self._put(path, part)
-        self._kept.clear()
-
-    def _finished(self) -> str | None:
-        """A part that several projections are in, all of them quantized, that was not tried before."""
-        tried = [path for path, _ in self._places]
-        for path, _ in self.block.named_modules():
-            under = {name for name in self.names if name.startswith(f"{self.name}.{path}.")}
-            if path and path not in tried and len(under) > 1 and under <= self._done:
-                return path
-        return None
+        self._places.clear()
 
     def _put(self, path: str, module: nn.Module) -> None:
         parent, _, leaf = path.rpartition(".")
         setattr(self.block.get_submodule(parent), leaf, module)
+
+
+def _form(own: Any, output: Any) -> tuple[int | None] | None:
+    """How often None stands beside what a projection put out in the output of a part; None where it is another."""
+    others = None
+    if isinstance(output, tuple) and output and all(other is None for other in output[1:]):
+        output, others = output[0], len(output) - 1
+    if not isinstance(output, Tensor) or not isinstance(own, Tensor):
+        return None
+    same = output.data_ptr() == own.data_ptr() and output.shape == own.shape and output.stride() == own.stride()
+    return (others,) if same else None
