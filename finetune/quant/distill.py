@@ -1,8 +1,9 @@
 """Layer-by-layer distillation of ZeroQuant (Yao et al. 2022, arXiv:2206.01861, section 4.2), over any storage format.
 
-Once a block is quantized, its weights, norms and biases are trained to give what the dense block gives on the same
-inputs: the hidden states that the quantized blocks before it put out. No labels, one block in memory, mean squared
-error, Adam.
+Once a block is quantized, its weights, norms and biases are trained to give, from the hidden states that the quantized
+blocks before it put out, what the dense block gives in the dense model: so it makes good what those before it lost. In
+the paper the target is what the dense block makes of the same hidden states (`targets`: same). No labels, one block in
+memory, mean squared error, Adam.
 
 A weight is trained behind its codes. In each step the codes are those nearest to it on the grid that its rounder
 fitted, and the block is run as it is stored, integer products and rounded inputs included; the gradient of the stored
@@ -43,11 +44,13 @@ class DistillConfig:
     Attributes:
         steps: of Adam for each block; 0 trains nothing.
         learning_rate: at first, in units of the root mean square of each tensor; it falls to 0 along a line.
+        targets: dense | same: what the dense block puts out in the dense model, or of the inputs of the quantized one.
         batch_tokens: of a step, at most, unless one piece is longer.
     """
 
     steps: int = 0
     learning_rate: float = 0.01
+    targets: str = "dense"
     batch_tokens: int = 1024
 
     def __post_init__(self) -> None:
@@ -55,6 +58,8 @@ class DistillConfig:
             raise ConfigError(f"distill.steps is {self.steps}: expected 0 (no distillation) or more")
         if not 0 < self.learning_rate < 1:
             raise ConfigError(f"distill.learning_rate is {self.learning_rate}: expected between 0 and 1")
+        if self.targets not in ("dense", "same"):
+            raise ConfigError(f"distill.targets is {self.targets}: expected dense or same")
         if self.batch_tokens < 1:
             raise ConfigError(f"distill.batch_tokens is {self.batch_tokens}: expected 1 or more")
 
@@ -102,7 +107,7 @@ class Distiller:
         Args:
             name: of the block.
             forward: runs it as it is then.
-            targets: what the dense block put out, for each batch.
+            targets: what it should put out, for each batch.
         """
         weights, self._weights = self._weights, []
         parts: list[_Trained] = [_Plain(parameter) for parameter in _plain(model, name)]

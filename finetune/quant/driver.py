@@ -37,7 +37,7 @@ from finetune.structure.base import Projection, Structure
 Progress = Callable[[Layer, int, int], None]
 """`progress(layer, done, of)`, after each projection."""
 CALIBRATION, TARGETS = "calibration", "targets"
-"""Names of hidden states that are kept: what goes into a block, and what the dense block makes of it."""
+"""Names of hidden states that are kept: what goes into a block, and what the one before it was trained to put out."""
 Prepare = Callable[[PackedWeight], None]
 """Told each empty module before it is filled."""
 
@@ -149,6 +149,9 @@ class Driver:
     def _stack(self, blocks: Sequence[str]) -> None:
         """All blocks of a stack, in order."""
         calls = self.resident.calls(self.model, blocks, self.batches) if self.batches else Calls()
+        targets = calls.hidden
+        if self.distiller is not None and self.resident.finished:
+            targets = self.resident.kept(TARGETS, self.resident.finished)
         for number, name in enumerate(blocks):
             if number < self.resident.finished:
                 continue
@@ -158,7 +161,8 @@ class Driver:
                 if number and not calls.chained[number]:
                     calls.hidden = inputs_of(self.model, name, self.batches)
                 forward = calls.forward(number, self.model.get_submodule(name))
-                targets = self.resident.keep(TARGETS, number, forward()) if self.distiller is not None else []
+                if self.distiller is not None:
+                    targets = self._targets(number, name, calls, targets)
                 if self.cut is not None:
                     self.cut.block(self, name, partial(calls.run, number))
                     forward = calls.forward(number, self.model.get_submodule(name))
@@ -175,6 +179,17 @@ class Driver:
                 for p in projections:
                     self._quantize(p, [])
             self.resident.leave(number, name, self.layers[len(self.layers) - len(projections) :])
+
+    def _targets(self, number: int, block: str, calls: Calls, before: Sink) -> Sink:
+        """What a block, dense as yet, is to be trained to put out.
+
+        Args:
+            before: what the dense blocks before it put out.
+        """
+        assert self.distiller is not None
+        same = self.distiller.config.targets == "same" or (number > 0 and not calls.chained[number])
+        there = replace(calls, hidden=calls.hidden if same else before)
+        return self.resident.keep(TARGETS, number + 1, there.run(number, self.model.get_submodule(block)))
 
     def _settled(self, number: int, name: str, projections: Sequence[Projection], forward: Forward) -> Settled:
         """What knows the finished parts of a block."""

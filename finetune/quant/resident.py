@@ -64,6 +64,10 @@ class Resident:
         """
         return list(hidden)
 
+    def kept(self, lane: str, number: int) -> Sink:
+        """Hidden states that an earlier run kept for the first block that is not finished."""
+        return []
+
     def leave(self, number: int, block: str, layers: Sequence[Layer]) -> None:
         """A block is quantized, and its output known; nothing asks for it again."""
 

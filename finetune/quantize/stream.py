@@ -107,6 +107,9 @@ class OneBlock(Resident):
     def keep(self, lane: str, number: int, hidden: Iterator[Tensor]) -> Sink:
         return self._spilled(lane, number, hidden)
 
+    def kept(self, lane: str, number: int) -> Sink:
+        return self.state.lane(lane, number, self.device)
+
     def leave(self, number: int, block: str, layers: Sequence[Layer]) -> None:
         self._follow(QUANTIZED, number, block)
         held = any(True for _ in self.model.get_submodule(block).parameters())  # none where the block was cut out

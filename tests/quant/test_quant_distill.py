@@ -42,7 +42,7 @@ CONFIGS: dict[str, Any] = {
     "mixtral": MixtralConfig(**SIZES, num_local_experts=3, num_experts_per_tok=2),
     "bert": BertConfig(**{k: v for k, v in SIZES.items() if k != "num_key_value_heads"}, is_decoder=True),
 }
-STEPS = DistillConfig(steps=12, learning_rate=0.02)
+STEPS = DistillConfig(steps=12, learning_rate=0.02, targets="same")
 
 
 def model_of(family: str, dtype: torch.dtype = torch.float32) -> Any:
@@ -199,6 +199,23 @@ def test_zeros_of_a_pruner_stay_zero() -> None:
         assert bool((after[before == 0] == 0).all()) and not torch.equal(before, after)
 
 
+def test_targets_are_what_the_dense_model_has_there() -> None:
+    model, quant = model_of("llama"), Int2Config(group_size=32)
+    trained, distiller = quantized(model, quant, DistillConfig(steps=4))
+    outputs = []
+    for twin in (model, trained):
+        kept: list[Tensor] = []
+        handle = twin.model.layers[-1].register_forward_hook(lambda _m, _a, out, kept=kept: kept.append(out))
+        with torch.no_grad():
+            for batch in batches():
+                twin(**batch)
+        handle.remove()
+        outputs.append(torch.cat([out[0] if isinstance(out, tuple) else out for out in kept]).double())
+    dense, stored = outputs
+    error = float((dense - stored).square().sum() / dense.square().sum())
+    assert distiller.done[-1].after == pytest.approx(error, rel=1e-3)
+
+
 def test_the_model_as_a_whole_comes_nearer() -> None:
     model, quant = model_of("llama"), Int2Config(group_size=32)
     ids = torch.randint(1, 64, (8, 16), generator=torch.Generator().manual_seed(9))
@@ -208,8 +225,9 @@ def test_the_model_as_a_whole_comes_nearer() -> None:
             return (twin(input_ids=ids).logits - model(input_ids=ids).logits).norm()
 
     plain, _ = quantized(model, quant, None)
-    trained, _ = quantized(model, quant, DistillConfig(steps=40, learning_rate=0.02))
-    assert error(trained) < 0.92 * error(plain)
+    for targets in ("dense", "same"):
+        trained, _ = quantized(model, quant, DistillConfig(steps=40, learning_rate=0.02, targets=targets))
+        assert error(trained) < 0.92 * error(plain)
     assert any(isinstance(module, FrozenWeight) for module in trained.modules())
 
 
@@ -218,9 +236,10 @@ def test_the_model_as_a_whole_comes_nearer() -> None:
     [
         ({"steps": -1}, r"distill\.steps is -1: expected 0 \(no distillation\) or more"),
         ({"learning_rate": 0.0}, r"distill\.learning_rate is 0\.0: expected between 0 and 1"),
+        ({"targets": "paper"}, r"distill\.targets is paper: expected dense or same"),
         ({"batch_tokens": 0}, r"distill\.batch_tokens is 0: expected 1 or more"),
     ],
-    ids=["steps", "rate", "tokens"],
+    ids=["steps", "rate", "targets", "tokens"],
 )
 def test_settings_out_of_range(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
