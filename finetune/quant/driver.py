@@ -267,7 +267,7 @@ class Driver:
             if self.transform is not None and grams:
                 rounder = self.transform.rounder(rounder, self.quant, matrices)
             result = apply(rounder, frozen, w, matrices)
-        if self.distiller is not None and result.grid is not None:
+        if self.distiller is not None and result.grid is not None and p.block is not None:
             assert isinstance(frozen, PackedWeight)
             self.distiller.take(p.name, frozen, result.grid, frozen.codes_layout(w))
         parent, _, leaf = p.name.rpartition(".")
