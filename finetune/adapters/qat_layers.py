@@ -24,7 +24,7 @@ from finetune.quant.affine_storage import Affine, AffineConfig
 from finetune.quant.base import QUANTIZERS, FrozenExperts, FrozenLinear
 
 TRIED = SHRINKS[::5]
-"""Shares of a group's range that its grid may start from; finer ones make no difference to where it is trained to."""
+"""Shares of a group's range that its grid may start from: every fifth of GPTQ's, since training goes on from there."""
 
 
 @dataclass(frozen=True)
