@@ -131,12 +131,13 @@ def main() -> None:
     parser.add_argument("--story-model", help="a second base: directory of a small pretrained model")
     parser.add_argument("--story-data", help="its rows")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", default="", help="tasks whose names have this in them")
     options = parser.parse_args()
     compared = COMPARISONS[options.compare]
     file = RESULTS / compared.file
     rows = json.loads(file.read_text("utf-8"))["rows"] if file.is_file() else []
     for task, overrides in tasks(options.compare, options.story_model, options.story_data).items():
-        for seed in range(options.seeds):
+        for seed in range(options.seeds if options.only in task else 0):
             for value in compared.values:
                 key = {"task": task, compared.key: value, "seed": seed}
                 if any(all(row[name] == value for name, value in key.items()) for row in rows):

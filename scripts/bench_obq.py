@@ -24,7 +24,7 @@ from machine import describe_machine  # noqa: E402
 RESULT, PAGE = ROOT / "benchmarks" / "results" / "obq.json", ROOT / "docs" / "quantization.md"
 START, END = "<!-- made by scripts/bench_obq.py -->", "<!-- end of scripts/bench_obq.py -->"
 DRAWS, PROBLEMS, WIDTH, INPUTS, MIXING = 8, 200, 6, 40, 0.9
-NAMES = {"obq": "OBQ", "gptq": "GPTQ", "gptq act-order": "GPTQ by order of energy", "rtn": "nearest"}
+NAMES = ("obq", "gptq", "gptq act-order", "rtn")
 
 
 def problem(seed: int) -> dict[str, float]:
@@ -62,11 +62,11 @@ def sentence(draws: list[dict[str, float]]) -> str:
     """What the page says."""
     ends = {name: (min(draw[name] for draw in draws), max(draw[name] for draw in draws)) for name in NAMES}
     said = {name: f"{low:.2f} to {high:.2f}" for name, (low, high) in ends.items()}
-    others = ", ".join(f"{NAMES[name]} {said[name]}" for name in NAMES if name != "obq")
     return (
-        f"On {PROBLEMS} problems small enough for brute force its error is {said['obq']} times the optimum's, the\n"
-        f"geometric mean of each of {len(draws)} draws ({others}; `benchmarks/results/obq.json`,\n"
-        "`python scripts/bench_obq.py`);"
+        f"On {PROBLEMS} problems small enough for brute force its error is {said['obq']} times that of the optimum,\n"
+        f"the geometric mean of each of {len(draws)} draws; that of GPTQ {said['gptq']}, of GPTQ by order of energy\n"
+        f"{said['gptq act-order']}, of rounding to nearest {said['rtn']}\n"
+        "(`benchmarks/results/obq.json`, `python scripts/bench_obq.py`)."
     )
 
 
@@ -79,9 +79,8 @@ def page(text: str, draws: list[dict[str, float]]) -> str:
     return f"{before}{START}\n{sentence(draws)}\n{END}{after}"
 
 
-def main() -> None:
-    """Measure and write."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+def measure() -> list[dict[str, float]]:
+    """All draws, and their file."""
     draws = []
     for number in range(DRAWS):
         found = [problem(number * PROBLEMS + each) for each in range(PROBLEMS)]
@@ -89,6 +88,14 @@ def main() -> None:
         print({name: round(value, 3) for name, value in draws[-1].items()}, flush=True)
     document = {"format_version": 1, "machine": describe_machine(), "problems": PROBLEMS, "draws": draws}
     RESULT.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
+    return draws
+
+
+def main() -> None:
+    """Measure, and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--page", action="store_true", help="write the sentence of what is there, and measure nothing")
+    draws = json.loads(RESULT.read_text("utf-8"))["draws"] if parser.parse_args().page else measure()
     PAGE.write_text(page(PAGE.read_text("utf-8"), draws), "utf-8")
 
 

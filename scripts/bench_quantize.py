@@ -21,6 +21,7 @@ import os
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,17 +62,15 @@ class Cell:
 
 
 def cells(model: str) -> Iterator[Cell]:
-    """All that is done with a model, what matters most first."""
+    """All that is done with a model, seed after seed."""
     yield Cell(model, DENSE, 0, 0, 0)
     for seed in SEEDS:
         for bits in BITS:
             for size in GROUPS:
                 yield from (Cell(model, method, bits, size, seed) for method in MAIN if method != RTN or not seed)
-    if model == EMBEDDED:
-        for seed in SEEDS:
-            for bits in BITS:
-                yield from (Cell(model, method, bits, size, seed) for size in GROUPS[1:] for method in ASIDE)
-                yield from (Cell(model, method, bits, 128, seed) for method in PARTS)
+        for bits in BITS if model == EMBEDDED else ():
+            yield from (Cell(model, method, bits, 128, seed) for method in PARTS)
+            yield from (Cell(model, method, bits, size, seed) for size in GROUPS[1:] for method in ASIDE)
 
 
 class Base:
@@ -193,22 +192,39 @@ def page(text: str, rows: list[Row]) -> str:
 
 def table(rows: list[Row], model: str) -> str:
     """KL and perplexity of a model, means over seeds."""
-    dense = [row["perplexity"] for row in found(rows, model=model, method=DENSE)]
-    tokens = {row["tokens"] for row in found(rows, model=model)}
+    mine = found(rows, model=model)
+    dense = [row["perplexity"] for row in found(mine, method=DENSE)]
     lines = ["| bits | group | " + " | ".join(MAIN) + " |", "| --- | --- |" + " --- |" * len(MAIN)]
+    seeds = most_seeds(found(mine, method=MAIN[1]))
     for bits in BITS:
         for size in GROUPS:
-            shown = [cell_of(found(rows, model=model, method=name, bits=bits, group_size=size)) for name in MAIN]
+            shown = [cell_of(found(mine, method=name, bits=bits, group_size=size), seeds) for name in MAIN]
             lines.append(f"| {bits} | {'row' if size < 0 else size} | " + " | ".join(shown) + " |")
-    told = f"dense perplexity {dense[0]:.2f}" if dense else "dense perplexity missing"
-    return f"The {model}, {told}, on {' or '.join(map(str, sorted(tokens)))} tokens:\n\n" + "\n".join(lines)
+    told = f"perplexity {dense[0]:.2f} dense" if dense else "dense perplexity missing"
+    tokens = max(row["tokens"] for row in mine)
+    return f"The {model}, {told}, {tokens} tokens, {of_seeds(seeds)}:\n\n" + "\n".join(lines)
 
 
-def cell_of(rows: list[Row]) -> str:
-    """The mean of some seeds, KL (perplexity)."""
+def most_seeds(rows: list[Row]) -> int:
+    """How many seeds there are of the cell that has the most."""
+    counts = Counter((row["method"], row["bits"], row["group_size"]) for row in rows)
+    return max(counts.values(), default=0)
+
+
+def of_seeds(count: int) -> str:
+    """So many of those that are wanted."""
+    return f"means of {count} seeds" if count == len(SEEDS) else f"{count} of {len(SEEDS)} seeds"
+
+
+def cell_of(rows: list[Row], seeds: int) -> str:
+    """The mean of some seeds, KL (perplexity).
+
+    Args:
+        seeds: how many the table has.
+    """
     if not rows:
         return "missing"
-    few = "" if rows[0]["method"] == RTN or len(rows) == len(SEEDS) else f", {len(rows)} of {len(SEEDS)} seeds"
+    few = "" if rows[0]["method"] == RTN or len(rows) == seeds else f", {of_seeds(len(rows))}"
     kl, perplexity = (statistics.fmean(row[key] for row in rows) for key in ("kl_mean", "perplexity"))
     return f"{kl:.4f} ({perplexity:.2f}{few})"
 
@@ -217,16 +233,19 @@ def aside(rows: list[Row]) -> str:
     """What was tried on the embedded base alone: KL, means over seeds."""
     names = ("GPTQ", ASIDE[0], "GPTQ act-order", ASIDE[1], "AWQ", *PARTS)
     head = [(bits, size) for bits in BITS for size in GROUPS[1:]]
-    lines = ["| KL of the " + EMBEDDED + " | " + " | ".join(f"{bits} bits, {size}" for bits, size in head) + " |"]
+    lines = ["| KL | " + " | ".join(f"{bits} bits, {size}" for bits, size in head) + " |"]
     lines.append("| --- |" + " --- |" * len(head))
+    mine = [row for row in found(rows, model=EMBEDDED) if row["method"] in names]
+    seeds = most_seeds(mine)
     for name in names:
         shown = []
         for bits, size in head:
-            same = found(rows, model=EMBEDDED, method=name, bits=bits, group_size=size)
+            same = found(mine, method=name, bits=bits, group_size=size)
             asked = name not in PARTS or size == GROUPS[1]
-            shown.append(f"{statistics.fmean(r['kl_mean'] for r in same):.4f}" if same else "missing" * asked)
+            few = "" if len(same) == seeds else f" ({of_seeds(len(same))})"
+            shown.append(f"{statistics.fmean(r['kl_mean'] for r in same):.4f}{few}" if same else "missing" * asked)
         lines.append(f"| {name} | " + " | ".join(shown) + " |")
-    return "\n".join(lines)
+    return f"More of the {EMBEDDED}, {of_seeds(seeds)}:\n\n" + "\n".join(lines)
 
 
 def main() -> None:
