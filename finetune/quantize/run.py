@@ -189,24 +189,27 @@ def _quantize(job: Job, work: Path, signals: StopSignals) -> dict[str, Any]:
     if config.pruner.prunes:
         setattr(base.model.config, PRUNED, settings(config.pruner, reached))
     read_by = write(source, config.quant, job.in_public, work, stored)
-    record = collect(work, base.model, layers, quality)
-    record |= {
+    record = collect(work, base.model, layers, quality) | _settings(job)
+    record |= {"sparsity": reached, "seconds": round(time.perf_counter() - begun, 3), "read_by": read_by}
+    write_json(work / RECORD, record)
+    return record
+
+
+def _settings(job: Job) -> dict[str, Any]:
+    """What was asked for, each method with what it has to say of its work."""
+    config, transform, cut = job.config, job.transform, job.cut
+    return {
         "model": config.model.path,
         "holds": job.source.held.kind,
-        "base": base.digest,
+        "base": job.base.digest,
         "quant": asdict(config.quant),
         "calibrator": asdict(config.calibrator),
         "transform": asdict(config.transform) | ({} if transform is None else asdict(transform.summary)),
-        "pruner": asdict(config.pruner) | ({} if job.cut is None else asdict(job.cut.summary)),
+        "pruner": asdict(config.pruner) | ({} if cut is None else asdict(cut.summary)),
         "distill": asdict(config.distill)
         | {"blocks": [asdict(b) for b in job.distiller.done] if job.distiller else []},
-        "sparsity": reached,
         "calibration_tokens": job.source.text.tokens,
-        "seconds": round(time.perf_counter() - begun, 3),
-        "read_by": read_by,
     }
-    write_json(work / RECORD, record)
-    return record
 
 
 def _dtype(config: QuantizeConfig, headers: list[Header], directory: Path) -> str:
