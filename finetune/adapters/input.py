@@ -241,8 +241,8 @@ class InputAdapter(AttachedAdapter):
 def size(values: Tensor) -> float:
     """Root mean square, what Adam's steps are to be measured by; 1 for zeros.
 
-    Adam moves every number by about the learning rate. Embeddings are of the order of 0.01 in one base and 1 in
-    another, hidden states of 0.5 or 8: a rate suits both only as a share of what is there.
+    Adam moves every number by about the learning rate. Embeddings and hidden states are of quite different sizes from
+    base to base: a rate suits them only as a share of what is there.
     """
     return float(values.detach().float().square().mean().sqrt()) or 1.0
 

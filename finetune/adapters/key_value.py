@@ -34,6 +34,8 @@ METHOD = "PREFIX_TUNING"
 SHAPE = ("num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules")
 """Keys of adapter_config.json that decide how its tensor is cut."""
 STARTS = ("vocabulary", "random")
+SLIDING = "sliding_attention"
+"""What transformers calls blocks whose attention has a window, in `layer_types` of a configuration."""
 
 
 @dataclass
@@ -145,6 +147,16 @@ class KeyValueAdapter(InputAdapter):
     def features(self) -> int:
         """K."""
         return self.heads * self.head_width
+
+    @property
+    def note(self) -> str:
+        """Where PEFT computes something else from the same file."""
+        config: Any = self.model.config
+        text = config.get_text_config()
+        kinds, window = getattr(text, "layer_types", None), getattr(text, "sliding_window", None)
+        if not window or (kinds is not None and SLIDING not in kinds):
+            return ""
+        return f"adapter={self.config.name}: all tokens see the prefix; with PEFT it slides out of a window of {window}"
 
     def saved_shape(self) -> tuple[int, int]:
         """[L, 2 N K], as PEFT."""
