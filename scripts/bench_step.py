@@ -6,7 +6,8 @@ thread a step's time is its CPU time, which other work on the machine hardly cha
 wants a quiet machine. The first engine is what the others are compared with; its losses have to stay within 1 % of
 theirs at every step.
 
-`--compare dora` measures DoRA's step beside LoRA's instead, over several numbers of tokens: step_dora_cpu.json.
+`--compare dora` measures DoRA's step beside LoRA's instead, over several numbers of tokens, step by step in turns in
+one process, because their ratio is small beside what else goes on: step_dora_cpu.json.
 `--isa avx512_bf16` measures as on a CPU without AMX and writes files of its own (step_cpu_avx512_bf16.json).
 """
 
@@ -146,6 +147,8 @@ ENGINES: dict[str, Callable[[str], tuple[list, Callable]]] = {
     "finetune, dora": lambda size: ours(size, method="dora"),
 }
 COMPARISONS = {"engines": [*ENGINES][:4], "dora": ["finetune", "finetune, dora"]}
+TOGETHER = ("dora",)
+"""Comparisons whose engines share a process, which then has no peak of memory for each."""
 LENGTHS = {"engines": (512,), "dora": (128, 256, 512)}
 """Tokens of a row, by comparison."""
 
@@ -169,29 +172,35 @@ def memory(field: str) -> int:
     return 0
 
 
-def measure(engine: str, size: str, length: int, steps: int, threads: int) -> dict[str, Any]:
-    """Train a few steps; median seconds a step and the peak of resident memory above the imports, in bytes."""
+def measure(engines: list[str], size: str, length: int, steps: int, threads: int) -> list[dict[str, Any]]:
+    """Train a few steps, the engines in turns; median seconds a step of each, and of one alone the peak of resident
+    memory above the imports, in bytes."""
     import torch
     import transformers  # noqa: F401
 
     torch.set_num_threads(threads)
     clock = time.process_time if threads == 1 else time.perf_counter
     base = memory("VmRSS")
-    parameters, loss_of = ENGINES[engine](size)
+    built = [ENGINES[engine](size) for engine in engines]
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5", "ascii")
-    optimizer = torch.optim.AdamW(parameters, lr=2e-4, weight_decay=0.0)
-    losses, seconds = [], []
+    optimizers = [torch.optim.AdamW(parameters, lr=2e-4, weight_decay=0.0) for parameters, _ in built]
+    losses: list[list[float]] = [[] for _ in engines]
+    seconds: list[list[float]] = [[] for _ in engines]
     for ids in batches(steps, length):
-        start = clock()
-        loss = loss_of(ids)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(round(loss.item(), 4))
-        seconds.append(clock() - start)
-    step = statistics.median(seconds[WARM_UP:])
-    return {"step_seconds": step, "peak_bytes": memory("VmHWM") - base, "losses": losses}
+        for turn, ((_, loss_of), optimizer) in enumerate(zip(built, optimizers, strict=True)):
+            start = clock()
+            loss = loss_of(ids)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses[turn].append(round(loss.item(), 4))
+            seconds[turn].append(clock() - start)
+    peak = {"peak_bytes": memory("VmHWM") - base} if len(engines) == 1 else {}
+    return [
+        {"step_seconds": statistics.median(mine[WARM_UP:]), **peak, "losses": lost}
+        for mine, lost in zip(seconds, losses, strict=True)
+    ]
 
 
 def take_turns(engines: list[str], size: str, length: int, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -199,17 +208,21 @@ def take_turns(engines: list[str], size: str, length: int, options: argparse.Nam
     runs: dict[str, list[dict[str, Any]]] = {engine: [] for engine in engines}
     threads, rounds = options.threads, options.rounds
     environment = {**os.environ, **ISAS[options.isa], "OMP_NUM_THREADS": str(threads)}
+    groups = [engines] if options.compare in TOGETHER else [[engine] for engine in engines]
     for _ in range(rounds):
-        for engine in engines:
-            command = [sys.executable, __file__, "--engine", engine, "--sizes", size, "--length", str(length)]
+        for group in groups:
+            command = [sys.executable, __file__, "--engine", *group, "--sizes", size, "--length", str(length)]
             command += ["--steps", str(options.steps), "--threads", str(threads)]
             done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-            runs[engine].append(json.loads(done.stdout.splitlines()[-1]))
+            for engine, found in zip(group, json.loads(done.stdout.splitlines()[-1]), strict=True):
+                runs[engine].append(found)
     rows = []
     for engine, found in runs.items():
-        step, peak = (statistics.median(run[key] for run in found) for key in ("step_seconds", "peak_bytes"))
+        step = statistics.median(run["step_seconds"] for run in found)
         tokens = ROWS * length
-        figures = {"step_seconds": step, "tokens_per_second": tokens / step, "peak_bytes": peak}
+        figures = {"step_seconds": step, "tokens_per_second": tokens / step}
+        if "peak_bytes" in found[0]:
+            figures["peak_bytes"] = statistics.median(run["peak_bytes"] for run in found)
         row = {"engine": engine, "size": size, "tokens": tokens, "threads": threads, "rounds": rounds, **figures}
         rows.append({**row, "losses": found[0]["losses"]})
     return rows
@@ -220,12 +233,12 @@ def compare(rows: list[dict[str, Any]]) -> None:
     mine, *others = rows
     for row in others:
         speed = mine["tokens_per_second"] / row["tokens_per_second"]
-        memory_share = mine["peak_bytes"] / row["peak_bytes"]
+        share = f" and {mine['peak_bytes'] / row['peak_bytes']:.2f}x the memory" if "peak_bytes" in row else ""
         apart = max(abs(a - b) / b for a, b in zip(mine["losses"], row["losses"], strict=True))
         verdict = "within" if apart <= 0.01 else "NOT WITHIN"
         where = f"{mine['size']}, {mine['tokens']} tokens, {mine['threads']} threads"
         print(
-            f"{where}: {speed:.2f}x the speed and {memory_share:.2f}x the memory of {row['engine']};"
+            f"{where}: {speed:.2f}x the speed{share} of {row['engine']};"
             f" losses differ by {apart:.2%} at most, {verdict} 1 %",
             flush=True,
         )
@@ -246,7 +259,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="1 measures CPU time, more wall time")
     parser.add_argument("--compare", choices=COMPARISONS, default="engines")
     parser.add_argument("--isa", choices=ISAS, default="native", help="measure as on a CPU with no more than this")
-    parser.add_argument("--engine", choices=ENGINES, help="one measurement in this process, printed as JSON")
+    parser.add_argument("--engine", nargs="+", choices=ENGINES, help="measure these here, in turns, printed as JSON")
     parser.add_argument("--length", type=int, default=512, help="tokens of a row, for --engine")
     options = parser.parse_args()
     if options.engine:
