@@ -1,4 +1,4 @@
-"""w8a8, w6a6 and w4a8 checkpoints: static scales from calibration, stock transformers, and reading them back as bases."""
+"""w8a8, w6a6 and w4a8 checkpoints: static scales from calibration, stock transformers, read back as bases."""
 
 from __future__ import annotations
 
@@ -128,7 +128,8 @@ def test_a_dense_model_that_rounds_in_floats_gives_the_same_logits(
 def test_stock_transformers_opens_it(made: Made, overrides: list[str], config: Any) -> None:
     pytest.importorskip("compressed_tensors", reason="the compressed-tensors package is not installed")
     path, record = made(*overrides)
-    assert ("vLLM" in record["read_by"]) == (config.name == "w8a8" and config.group_size < 0) and "compressed-tensors" in record["read_by"]
+    assert "compressed-tensors" in record["read_by"]
+    assert ("vLLM" in record["read_by"]) == (config.name == "w8a8" and config.group_size < 0)
     stock = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, device_map={"": "cpu"}).eval()
     theirs = logits(stock)
     ours, _ = ft.load(str(path), dtype="fp32", device="cpu")
