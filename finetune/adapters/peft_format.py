@@ -78,7 +78,9 @@ def read_settings(directory: Path) -> dict[str, Any]:
         raise ModelError(f"adapter {directory} is not a directory: expected one with {CONFIG} and {WEIGHTS}")
     path = directory / CONFIG
     if not path.is_file():
-        raise ModelError(f"adapter {directory} has no {CONFIG}: expected what finetune or PEFT saves")
+        inside = sorted(found.parent.name for found in directory.glob(f"*/{CONFIG}"))
+        hint = f"; there is one in each of {', '.join(inside)}: name that directory" if inside else ""
+        raise ModelError(f"adapter {directory} has no {CONFIG}: expected what finetune or PEFT saves{hint}")
     config = read_document(path)
     if not isinstance(config, dict):
         raise ModelError(f"{path} holds a {type(config).__name__}: expected an object with the adapter's settings")

@@ -81,6 +81,14 @@ def test_config_that_is_no_json(saved: Path, content: bytes) -> None:
     assert "cannot be read as JSON" in early(saved)
 
 
+def test_adapters_in_directories_of_their_names_are_named(saved: Path) -> None:
+    for name in ("one", "two"):
+        shutil.copytree(saved, saved.parent / "several" / name)
+    words = "has no adapter_config.json: expected what finetune or PEFT saves; there is one in each of one, two: name"
+    assert words in early(saved.parent / "several")
+    check_path(LoRAConfig(path=str(saved.parent / "several" / "two")))
+
+
 def test_config_that_is_no_object(saved: Path) -> None:
     (saved / CONFIG).write_text("[1]")
     assert "holds a list: expected an object" in early(saved)
