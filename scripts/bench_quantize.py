@@ -195,7 +195,7 @@ def table(rows: list[Row], model: str) -> str:
     mine = found(rows, model=model)
     dense = [row["perplexity"] for row in found(mine, method=DENSE)]
     lines = ["| bits | group | " + " | ".join(MAIN) + " |", "| --- | --- |" + " --- |" * len(MAIN)]
-    seeds = most_seeds(found(mine, method=MAIN[1]))
+    seeds = usual_seeds(found(mine, method=MAIN[1]))
     for bits in BITS:
         for size in GROUPS:
             shown = [cell_of(found(mine, method=name, bits=bits, group_size=size), seeds) for name in MAIN]
@@ -205,10 +205,10 @@ def table(rows: list[Row], model: str) -> str:
     return f"The {model}, {told}, {tokens} tokens, {of_seeds(seeds)}:\n\n" + "\n".join(lines)
 
 
-def most_seeds(rows: list[Row]) -> int:
-    """How many seeds there are of the cell that has the most."""
+def usual_seeds(rows: list[Row]) -> int:
+    """How many seeds there are of most cells."""
     counts = Counter((row["method"], row["bits"], row["group_size"]) for row in rows)
-    return max(counts.values(), default=0)
+    return statistics.mode(counts.values()) if counts else 0
 
 
 def of_seeds(count: int) -> str:
@@ -236,7 +236,7 @@ def aside(rows: list[Row]) -> str:
     lines = ["| KL | " + " | ".join(f"{bits} bits, {size}" for bits, size in head) + " |"]
     lines.append("| --- |" + " --- |" * len(head))
     mine = [row for row in found(rows, model=EMBEDDED) if row["method"] in names]
-    seeds = most_seeds(mine)
+    seeds = usual_seeds(mine)
     for name in names:
         shown = []
         for bits, size in head:

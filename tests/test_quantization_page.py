@@ -39,9 +39,9 @@ def test_what_is_missing_is_shown_as_missing() -> None:
     empty = f"{bench_quantize.START}\n{bench_quantize.END}\n"
     rows = [row("RTN", 0.2), row("GPTQ", 0.1), row("GPTQ", 0.1, bits=3), row("GPTQ", 0.2, bits=3, seed=1)]
     made = bench_quantize.page(empty, rows)
-    assert "The embedded base, dense perplexity missing, 2040 tokens, 2 of 3 seeds:" in made
-    assert "| 4 | 128 | 0.2000 (70.00) | 0.1000 (70.00, 1 of 3 seeds) | missing | missing |" in made
-    assert "| 3 | 128 | missing | 0.1500 (70.00) | missing | missing |" in made
+    assert "The embedded base, dense perplexity missing, 2040 tokens, 1 of 3 seeds:" in made
+    assert "| 4 | 128 | 0.2000 (70.00) | 0.1000 (70.00) | missing | missing |" in made
+    assert "| 3 | 128 | missing | 0.1500 (70.00, 2 of 3 seeds) | missing | missing |" in made
     with pytest.raises(SystemExit, match="with"):
         bench_quantize.page("no marks", [])
 
