@@ -23,8 +23,8 @@ END = "<!-- end of what scripts/methods_page.py makes -->"
 MISSING = "missing"
 REFERENCE = grid.OURS
 INTRODUCTION = (
-    "Each run is on one CPU thread: {text} steps on the embedded base (E2E, WikiSQL), {classes} on"
-    " all-MiniLM-L6-v2 (SST-2, CoLA), at the method's own learning rate and the rest at its defaults (bitfit:"
+    "Each run is on one CPU thread: {e2e} steps of E2E and {wikisql} of WikiSQL on the embedded base, {sst2} of SST-2"
+    " and {cola} of CoLA on all-MiniLM-L6-v2, at the method's own learning rate and the rest at its defaults (bitfit:"
     " bias=all). The rate is the best of three on development rows of E2E and SST-2, {tries} steps each; \\* is a"
     " preset whose search is not finished. What is"
     " shown is of test rows: mean ± largest distance from it over three seeds on NF4, one seed elsewhere."
@@ -37,7 +37,7 @@ INTRODUCTION = (
 
 def section(rows: list[dict[str, Any]], names: list[str]) -> str:
     """What stands between the markers."""
-    steps = {"text": TASKS["e2e"].steps, "classes": TASKS["sst2"].steps}
+    steps = {name: task.steps for name, task in TASKS.items()}
     lines = [INTRODUCTION.format(**steps, tries=" and ".join(map(str, grid.SEARCHED.values()))), ""]
     for name, task in TASKS.items():
         lines += [*_table(name, task, rows, names), ""]
@@ -47,7 +47,7 @@ def section(rows: list[dict[str, Any]], names: list[str]) -> str:
 def _table(name: str, task: Task, rows: list[dict[str, Any]], names: list[str]) -> list[str]:
     head = f"| {task.title}, {task.unit} | rate | weights | NF4 | dense | int8 | of LoRA's | MB | s |"
     lines = [head, "| --- |" + " ---: |" * 8]
-    final = [row for row in rows if row["phase"] == "final" and row["task"] == name]
+    final = [row for row in rows if (row["phase"], row["task"], row["steps"]) == ("final", name, task.steps)]
     for method in names:
         if grid.carried(method, name):
             rate = grid.rate_of(method, rows)

@@ -12,6 +12,7 @@ sys.path[:0] = [str(ROOT / "scripts")]
 import methods_page  # noqa: E402
 from methods import grid  # noqa: E402
 from methods.bleu import bleu, words  # noqa: E402
+from methods.tasks import TASKS  # noqa: E402
 
 from finetune.adapters.base import ADAPTERS  # noqa: E402
 
@@ -71,9 +72,12 @@ def test_missing_rows_are_said_to_be_missing() -> None:
     low, middle, high = grid.rates("lora")
     found = [row(low, 1.0), row(middle, 2.0), row(high, 1.0)]
     measured = {"trainable": 1200, "peak_memory_bytes": 3e8, "cpu_seconds": 12.0, "bleu": 0.25}
-    text = methods_page.section([*found, row(middle, 3.0, phase="final", **measured)], ["lora", "ia3"])
+    final = {"phase": "final", "steps": TASKS["e2e"].steps, **measured}
+    text = methods_page.section([*found, row(middle, 3.0, **final)], ["lora", "ia3"])
     assert "| `lora` | 0.002 | 1,200 | 25.0 (2 missing) | missing | missing | 100% | 300 | 12 |" in text
     assert "| `ia3` | 0.08\\* | missing | missing |" in text, "a preset, and said to be no more than that"
+    other = methods_page.section([*found, row(middle, 3.0, **final | {"steps": 1})], ["lora", "ia3"])
+    assert "25.0" not in other, "a run of another length is no row of the table"
     assert "| `peft_lora` | missing | missing |" in methods_page.section(found, ["lora", "peft_lora"])
 
 

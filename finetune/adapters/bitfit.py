@@ -39,7 +39,7 @@ class BitFitConfig(WeightConfig):
     """
 
     name: str = "bitfit"
-    learning_rate: float = 0.016
+    learning_rate: float = 0.008
     bias: str = "existing"
     norms: bool = True
 

@@ -18,7 +18,7 @@ class HoulsbyConfig(BottleneckConfig):
     """Houlsby's adapters."""
 
     name: str = "houlsby"
-    learning_rate: float = 0.002
+    learning_rate: float = 0.004
     norms: bool = True
 
 

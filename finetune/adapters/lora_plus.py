@@ -27,7 +27,7 @@ class LoRAPlusConfig(LoRAConfig):
     """
 
     name: str = "lora_plus"
-    learning_rate: float = 0.0005
+    learning_rate: float = 0.00025
     ratio: float = 16.0
 
     def __post_init__(self) -> None:

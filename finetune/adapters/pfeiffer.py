@@ -22,7 +22,7 @@ class PfeifferConfig(BottleneckConfig):
     after_attention: ClassVar[bool] = False
 
     name: str = "pfeiffer"
-    learning_rate: float = 0.008
+    learning_rate: float = 0.004
 
 
 @ADAPTERS.register(PfeifferConfig)

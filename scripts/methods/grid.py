@@ -12,7 +12,7 @@ Job = dict[str, Any]
 RATES: dict[str, tuple[float, float, float]] = {
     "lora": (1e-3, 2e-3, 4e-3),
     "dora": (1e-3, 2e-3, 4e-3),
-    "lora_plus": (2.5e-4, 5e-4, 1e-3),
+    "lora_plus": (1.25e-4, 2.5e-4, 5e-4),
     "pissa": (5e-4, 1e-3, 2e-3),
     "loftq": (1e-3, 2e-3, 4e-3),
     "qa_lora": (1e-3, 2e-3, 4e-3),
@@ -21,13 +21,13 @@ RATES: dict[str, tuple[float, float, float]] = {
     "norm_tuning": (4e-3, 8e-3, 1.6e-2),
     "houlsby": (2e-3, 4e-3, 8e-3),
     "pfeiffer": (2e-3, 4e-3, 8e-3),
-    "parallel": (2e-3, 4e-3, 8e-3),
+    "parallel": (1e-3, 2e-3, 4e-3),
     "peft_lora": (2e-3, 8e-3, 3.2e-2),
     "prompt_tuning": (5e-2, 2e-1, 8e-1),
     "p_tuning": (1e-3, 4e-3, 1.6e-2),
-    "prefix": (2.5e-4, 1e-3, 4e-3),
-    "p_tuning_v2": (2.5e-4, 1e-3, 4e-3),
-    "prelayer": (5e-2, 1e-1, 2e-1),
+    "prefix": (6.25e-5, 1.25e-4, 2.5e-4),
+    "p_tuning_v2": (2.5e-4, 5e-4, 1e-3),
+    "prelayer": (2.5e-2, 5e-2, 1e-1),
 }
 """Three rates a method, two to four times apart, for a base of hidden size 256; without a line here, LoRA's."""
 LEFT_OUT = {

@@ -93,7 +93,7 @@ TASKS = {
         (*_TEXT, 'data.template="{question}\\nSQL:"'),
         _sql,
     ),
-    "sst2": Task("SST-2", True, "accuracy", "accuracy", 100, _ROWS, _classes("sst2")),
+    "sst2": Task("SST-2", True, "accuracy", "accuracy", 200, _ROWS, _classes("sst2")),
     "cola": Task("CoLA", True, "matthews", "Matthews", 100, _ROWS, _classes("cola")),
 }
 
