@@ -106,25 +106,22 @@ class QuantizeConfig:
             self._check_exact()
         self.pruner.check_calibrator(self.calibrator)
         self.calibrator.check_format(self.quant)
-        if self.quant.needs_inputs and self.data.calibration is None:
-            raise ConfigError(
-                f"quant={self.quant.name} looks at inputs with quant.static=true: set data.calibration=FILE"
-            )
-        if self.calibrator.needs_inputs and self.data.calibration is None:
-            raise ConfigError(
-                f"calibrator={self.calibrator.name} looks at inputs: set data.calibration=FILE, or calibrator=rtn"
-            )
-        if self.pruner.needs_inputs and self.data.calibration is None:
-            other = "" if self.pruner.cuts else ", or pruner=magnitude"
-            raise ConfigError(f"pruner={self.pruner.name} looks at inputs: set data.calibration=FILE{other}")
-        if self.transform.needs_inputs and self.data.calibration is None:
-            raise ConfigError(
-                f"transform={self.transform.name} looks at inputs: set data.calibration=FILE, or transform=none"
-            )
-        if self.distill.steps and self.data.calibration is None:
-            raise ConfigError(
-                f"distill.steps={self.distill.steps} trains on text: set data.calibration=FILE, or distill.steps=0"
-            )
+        if self.data.calibration is None:
+            self._check_without_text()
+
+    def _check_without_text(self) -> None:
+        """Refuse what looks at text, with what needs none in its place."""
+        quant, calibrator, transform, pruner = self.quant, self.calibrator, self.transform, self.pruner
+        for needed, what, instead in (
+            (quant.needs_inputs, f"quant={quant.name} looks at inputs with quant.static=true", ""),
+            (calibrator.needs_inputs, f"calibrator={calibrator.name} looks at inputs", ", or calibrator=rtn"),
+            (pruner.cuts, f"pruner={pruner.name} looks at inputs", ""),
+            (pruner.needs_inputs, f"pruner={pruner.name} looks at inputs", ", or pruner=magnitude"),
+            (transform.needs_inputs, f"transform={transform.name} looks at inputs", ", or transform=none"),
+            (self.distill.steps > 0, f"distill.steps={self.distill.steps} trains on text", ", or distill.steps=0"),
+        ):
+            if needed:
+                raise ConfigError(f"{what}: set data.calibration=FILE{instead}")
 
     def _check_exact(self) -> None:
         """Refuse what has no say where nothing is rounded."""
