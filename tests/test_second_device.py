@@ -77,5 +77,7 @@ def test_a_whole_run(library: Path, tmp_path: Path) -> None:
 def test_methods_learn_as_on_the_cpu(quant: str, methods: list[str], library: Path, tmp_path: Path) -> None:
     told = [json.loads(line) for line in said("methods.py", library, tmp_path, quant, *methods) if line[:1] == "{"]
     assert [row["method"] for row in told] == methods
+    # Where inputs are rounded, another order of an attention's sums moves codes, and two steps of Adam what follows.
+    close = 1e-2 if quant in ("int8", "w8a8") else 1e-3
     for row in told:
-        assert row["there"] == pytest.approx(row["here"], rel=1e-3), row["method"]
+        assert row["there"] == pytest.approx(row["here"], rel=close), row["method"]
