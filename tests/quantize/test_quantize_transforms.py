@@ -63,7 +63,8 @@ def test_the_checkpoint_is_a_plain_one(
     if quant[0].startswith("quant=int8"):
         assert record["quality"]["kl_mean"] < 0.05
     else:
-        plain = run(base, text, tmp_path / "plain", f"calibrator={calibrator}", *quant)
+        # Against rounding to nearest: before GPTQ, scaling gains or loses by chance (docs/quantization.md).
+        plain = run(base, text, tmp_path / "plain", "calibrator=rtn", *quant)
         assert record["quality"]["kl_mean"] < plain["quality"]["kl_mean"]
 
 
