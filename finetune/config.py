@@ -58,6 +58,8 @@ VERB_GROUPS: dict[str, Registry[Any]] = {"calibrator": CALIBRATORS, "transform":
 
 PLUGGED: dict[str, list[str]] = {}
 """Choices that installed plug-ins brought, by group."""
+_REGISTERED: list[tuple[str, str, type]] = []
+"""Group, name and type of the choices that Hydra was handed last."""
 
 RESUMABLE = ("train.max_steps", "train.epochs", "tracking", "export", "device")
 """What may be changed on the command line when a run is resumed; anything else would make it another run."""
@@ -110,17 +112,24 @@ class RunConfig:
 
 def register_schemas() -> None:
     """Hand Hydra a schema for the tree and one for each choice of each scanned group (`/schema/<group>/<name>`)."""
+    choices = [
+        (group, name, config_type)
+        for group, registry in (GROUPS | VERB_GROUPS).items()
+        for name, config_type in registry.types().items()
+    ]
+    if choices == _REGISTERED:  # a tenth of the time that a mistake takes to be told
+        return
+    _REGISTERED[:] = choices
     store = ConfigStore.instance()
     PLUGGED.clear()
     store.store(name="schema", node=RunConfig)
     store.store(name="quantize_schema", node=QuantizeConfig)
-    for group, registry in (GROUPS | VERB_GROUPS).items():
-        for name, config_type in registry.types().items():
-            store.store(group=f"schema/{group}", name=name, node=config_type)
-            if not config_type.__module__.startswith("finetune."):
-                # A plug-in without a YAML of its own can be chosen all the same, with its dataclass's defaults.
-                store.store(group=group, name=name, node=config_type)
-                PLUGGED.setdefault(group, []).append(name)
+    for group, name, config_type in choices:
+        store.store(group=f"schema/{group}", name=name, node=config_type)
+        if not config_type.__module__.startswith("finetune."):
+            # A plug-in without a YAML of its own can be chosen all the same, with its dataclass's defaults.
+            store.store(group=group, name=name, node=config_type)
+            PLUGGED.setdefault(group, []).append(name)
     for group, config_type in (("model", ModelConfig), ("data", DataConfig), ("train", TrainConfig)):
         store.store(group="schema", name=group, node=config_type)
 
