@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import subprocess
 import sys
@@ -38,12 +37,11 @@ from torch import Tensor, nn
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from machine import describe_machine  # noqa: E402
+import tables  # noqa: E402
 
 from finetune.kernels import w8a8  # noqa: E402
 
-RESULT, PAGE = ROOT / "benchmarks" / "results" / "glue.json", ROOT / "docs" / "quantization.md"
-START, END = "<!-- made by scripts/bench_glue.py -->", "<!-- end of scripts/bench_glue.py -->"
+RESULT, PAGE = tables.RESULTS / "glue.json", tables.DOCS / "quantization.md"
 TASKS = {"sst2": ("SST-2", "accuracy", 100), "cola": ("CoLA", "matthews", 300)}
 """Title, metric and steps of training."""
 SEEDS, SAMPLES, ALPHA = 3, 128, 0.5
@@ -254,7 +252,7 @@ def main() -> None:
     options = parser.parse_args()
     for seed in options.seeds:
         for task in options.tasks:
-            done = {row["variant"] for row in read() if (row["task"], row["seed"]) == (task, seed)}
+            done = {row["variant"] for row in tables.read(RESULT) if (row["task"], row["seed"]) == (task, seed)}
             missing = {name: variant for name, variant in VARIANTS.items() if name not in done}
             if not missing:
                 continue
@@ -262,13 +260,8 @@ def main() -> None:
             for name, figures in measured(merged, task, options.data, missing):
                 print(f"{task} {seed} {name:<32} {figures['accuracy']:.4f} {figures['matthews']:.4f}"
                       f" loss {figures['loss']:.4f} KL {figures['kl_mean']:.6f}", flush=True)  # fmt: skip
-                write([*read(), {"task": task, "seed": seed, "variant": name, **figures}])
-    PAGE.write_text(page(PAGE.read_text("utf-8"), read()), "utf-8")
-
-
-def read() -> list[dict[str, Any]]:
-    """The rows so far, those of other seeds that are measured at the same time included."""
-    return json.loads(RESULT.read_text("utf-8"))["rows"] if RESULT.is_file() else []
+                write([*tables.read(RESULT), {"task": task, "seed": seed, "variant": name, **figures}])
+    tables.put(PAGE, "bench_glue", made(tables.read(RESULT)))
 
 
 def write(rows: list[dict[str, Any]]) -> None:
@@ -276,12 +269,11 @@ def write(rows: list[dict[str, Any]]) -> None:
     steps = {task: steps for task, (*_, steps) in TASKS.items()}
     facts = {"encoder": "all-MiniLM-L6-v2", "steps": steps, "samples": SAMPLES, "every": EVERY}
     rows = sorted(rows, key=lambda row: (row["task"], row["seed"], list(VARIANTS).index(row["variant"])))
-    document = {"format_version": 1, "machine": describe_machine(), **facts, "rows": rows}
-    RESULT.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
+    tables.write(RESULT, **facts, rows=rows)
 
 
-def page(text: str, rows: list[dict[str, Any]]) -> str:
-    """The page with the table between its marks; the mean over seeds that are complete, and the largest distance."""
+def made(rows: list[dict[str, Any]]) -> str:
+    """The table of the page: the mean over seeds that are complete, and the largest distance."""
     counts = Counter((row["task"], row["seed"]) for row in rows)
     rows = [row for row in rows if counts[row["task"], row["seed"]] == len(VARIANTS)]
     tasks = [task for task in TASKS if any(row["task"] == task for row in rows)]
@@ -290,9 +282,7 @@ def page(text: str, rows: list[dict[str, Any]]) -> str:
     for name in ("dense", *VARIANTS):
         cells = [_cells(task, [row for row in rows if row["task"] == task], name) for task in tasks]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    before, _, rest = text.partition(START)
-    _, found, after = rest.partition(END)
-    return f"{before}{START}\n" + "\n".join(lines) + f"\n{END}{after}" if found else text
+    return "\n".join(lines)
 
 
 def _cells(task: str, rows: list[dict[str, Any]], name: str) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import sys
 from pathlib import Path
@@ -19,10 +18,9 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from machine import describe_machine  # noqa: E402
+import tables  # noqa: E402
 
-RESULT, PAGE = ROOT / "benchmarks" / "results" / "obq.json", ROOT / "docs" / "quantization.md"
-START, END = "<!-- made by scripts/bench_obq.py -->", "<!-- end of scripts/bench_obq.py -->"
+RESULT, PAGE = tables.RESULTS / "obq.json", tables.DOCS / "quantization.md"
 DRAWS, PROBLEMS, WIDTH, INPUTS, MIXING = 8, 200, 6, 40, 0.9
 NAMES = ("obq", "gptq", "gptq act-order", "rtn")
 
@@ -58,7 +56,7 @@ def problem(seed: int) -> dict[str, float]:
     return {name: least(chosen) / best for name, chosen in codes.items()}
 
 
-def sentence(draws: list[dict[str, float]]) -> str:
+def made(draws: list[dict[str, float]]) -> str:
     """What the page says."""
     ends = {name: (min(draw[name] for draw in draws), max(draw[name] for draw in draws)) for name in NAMES}
     said = {name: f"{low:.2f} to {high:.2f}" for name, (low, high) in ends.items()}
@@ -70,15 +68,6 @@ def sentence(draws: list[dict[str, float]]) -> str:
     )
 
 
-def page(text: str, draws: list[dict[str, float]]) -> str:
-    """The page with its sentence made anew."""
-    before, _, rest = text.partition(START)
-    _, mark, after = rest.partition(END)
-    if not mark:
-        raise SystemExit(f"{PAGE.name} has no {START} with {END} after it")
-    return f"{before}{START}\n{sentence(draws)}\n{END}{after}"
-
-
 def measure() -> list[dict[str, float]]:
     """All draws, and their file."""
     draws = []
@@ -86,8 +75,7 @@ def measure() -> list[dict[str, float]]:
         found = [problem(number * PROBLEMS + each) for each in range(PROBLEMS)]
         draws.append({name: math.exp(sum(math.log(one[name]) for one in found) / PROBLEMS) for name in NAMES})
         print({name: round(value, 3) for name, value in draws[-1].items()}, flush=True)
-    document = {"format_version": 1, "machine": describe_machine(), "problems": PROBLEMS, "draws": draws}
-    RESULT.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
+    tables.write(RESULT, problems=PROBLEMS, draws=draws)
     return draws
 
 
@@ -95,8 +83,8 @@ def main() -> None:
     """Measure, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--page", action="store_true", help="write the sentence of what is there, and measure nothing")
-    draws = json.loads(RESULT.read_text("utf-8"))["draws"] if parser.parse_args().page else measure()
-    PAGE.write_text(page(PAGE.read_text("utf-8"), draws), "utf-8")
+    draws = tables.read_all(RESULT)["draws"] if parser.parse_args().page else measure()
+    tables.put(PAGE, "bench_obq", made(draws))
 
 
 if __name__ == "__main__":

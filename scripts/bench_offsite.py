@@ -22,13 +22,12 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from machine import describe_machine  # noqa: E402
+import tables  # noqa: E402
 
 from finetune.data.config import DataConfig  # noqa: E402
 from finetune.data.pydocs import pretraining_sources  # noqa: E402
 
-RESULT, PAGE = ROOT / "benchmarks" / "results" / "offsite.json", ROOT / "docs" / "offsite.md"
-START, END = "<!-- made by scripts/bench_offsite.py -->", "<!-- end -->"
+RESULT, PAGE = tables.RESULTS / "offsite.json", tables.DOCS / "offsite.md"
 CUT = ["offsite.layers=[1,1]", "offsite.keep=0.5"]
 TEACH = ["offsite.distill_steps=120", "train.learning_rate=1e-3", "train.eval_every=null", "train.save_every=null"]
 EMULATORS = {
@@ -116,7 +115,7 @@ def offsite(work: Path, name: str, seed: int) -> dict[str, Any]:
     }
 
 
-def table(document: dict[str, Any]) -> str:
+def made(document: dict[str, Any]) -> str:
     """Perplexities as a Markdown table, a line an emulator and seed, and whether their order is the published one."""
     rows, zero_shot = document["rows"], document["zero_shot"]
     full = {row["seed"]: row["fully_tuned"] for row in rows if row["emulator"] == "none"}
@@ -134,20 +133,12 @@ def table(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def page(text: str, document: dict[str, Any]) -> str:
-    """docs/offsite.md with the table in its place."""
-    before, start, rest = text.partition(START)
-    _, end, after = rest.partition(END)
-    assert start and end, f"{PAGE} has no place for the table"
-    return f"{before}{start}\n{table(document)}\n{end}{after}"
-
-
 def main() -> None:
     """Fill in the missing rows, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
-    document = json.loads(RESULT.read_text("utf-8")) if RESULT.is_file() else {"zero_shot": None, "rows": []}
+    document = {"zero_shot": None} | tables.read_all(RESULT)
     if document["zero_shot"] is None:
         document["zero_shot"] = loss_of("embedded")
     rows = document["rows"]
@@ -170,13 +161,10 @@ def main() -> None:
                     row |= offsite(work, name, seed)
                 rows.append(row)
                 print(json.dumps(row), flush=True)
-                described = {
-                    "machine": describe_machine(),
-                    "settings": {"cut": CUT, "emulators": EMULATORS, "tune": TUNE},
-                }
-                RESULT.write_text(json.dumps({**described, **document}, indent=1) + "\n", "utf-8")
-    PAGE.write_text(page(PAGE.read_text("utf-8"), document), "utf-8")
-    print(table(document))
+                settings = {"cut": CUT, "emulators": EMULATORS, "tune": TUNE}
+                tables.write(RESULT, **document | {"settings": settings})
+    tables.put(PAGE, "bench_offsite", made(document))
+    print(made(document))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import sys
 import time
 from pathlib import Path
@@ -23,10 +22,9 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from machine import describe_machine  # noqa: E402
+import tables  # noqa: E402
 
-RESULT, PAGE = ROOT / "benchmarks" / "results" / "w8a8_seeded.json", ROOT / "docs" / "quantization.md"
-START, END = "<!-- made by scripts/bench_outlier_seeded.py -->", "<!-- end of scripts/bench_outlier_seeded.py -->"
+RESULT, PAGE = tables.RESULTS / "w8a8_seeded.json", tables.DOCS / "quantization.md"
 SEEDS, GAINS = (0, 1, 2), (40.0, 25.0)
 SIZES = {
     "vocab_size": 256,
@@ -54,23 +52,17 @@ def main() -> None:
     torch.set_num_threads(1)
     train, held_out = text("train"), text("eval")
     for seed in arguments.parse_args().seeds:
-        if any(row["seed"] == seed for row in known()):
+        if any(row["seed"] == seed for row in tables.read(RESULT)):
             continue
         begun = time.process_time()
         model = grown(seed, train)
         seconds = round(time.process_time() - begun)
         new = [{"seed": seed, "train_cpu_seconds": seconds, **row} for row in measured(model, train, held_out)]
-        rows = sorted([*known(), *new], key=lambda row: row["seed"])
+        rows = sorted([*tables.read(RESULT), *new], key=lambda row: row["seed"])
         facts = {"steps": STEPS, "gains": GAINS, "model": SIZES, "alpha": ALPHA, "eval_tokens": rows[0]["tokens"]}
-        document = {"format_version": 1, "machine": describe_machine(), **facts, "rows": rows}
-        RESULT.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
-    if {row["seed"] for row in known()} >= set(SEEDS):
-        write_page(known())
-
-
-def known() -> list[dict[str, Any]]:
-    """The rows in the file."""
-    return json.loads(RESULT.read_text("utf-8"))["rows"] if RESULT.is_file() else []
+        tables.write(RESULT, **facts, rows=rows)
+    if {row["seed"] for row in tables.read(RESULT)} >= set(SEEDS):
+        tables.put(PAGE, "bench_outlier_seeded", made(tables.read(RESULT)))
 
 
 def text(split: Any) -> Any:
@@ -150,8 +142,8 @@ def measured(model: Any, train: Any, held_out: Any) -> list[dict[str, Any]]:
     return rows
 
 
-def write_page(rows: list[dict[str, Any]]) -> None:
-    """Put the table in the page, between its marks."""
+def made(rows: list[dict[str, Any]]) -> str:
+    """The table of the page."""
     found = {(row["seed"], row["method"]): row for row in rows}
     lines = ["| perplexity of a byte (KL) | " + " | ".join(f"seed {seed}" for seed in SEEDS) + " |"]
     lines.append("| --- |" + " --- |" * len(SEEDS))
@@ -160,10 +152,7 @@ def write_page(rows: list[dict[str, Any]]) -> None:
     for method in dict.fromkeys(row["method"] for row in rows):
         cells = [found[seed, method] for seed in SEEDS]
         lines.append(f"| {method} | " + " | ".join(f"{c['perplexity']:.3f} ({c['kl_mean']:.4f})" for c in cells) + " |")
-    page = PAGE.read_text("utf-8")
-    before, _, rest = page.partition(START)
-    if rest:
-        PAGE.write_text(before + START + "\n" + "\n".join(lines) + "\n" + END + rest.partition(END)[2], "utf-8")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import sys
 import time
@@ -22,10 +21,9 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from machine import describe_machine  # noqa: E402
+import tables  # noqa: E402
 
-RESULT, PAGE = ROOT / "benchmarks" / "results" / "pruning.json", ROOT / "docs" / "pruning.md"
-START, END = "<!-- made by scripts/bench_pruning.py -->", "<!-- end -->"
+RESULT, PAGE = tables.RESULTS / "pruning.json", tables.DOCS / "pruning.md"
 METHODS = ("magnitude", "wanda", "sparsegpt")
 PATTERNS = (None, "2:4", "4:8")
 STORED = ("none", "int4")
@@ -37,15 +35,15 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--steps", action="store_true", help="measure the steps anew")
     told = arguments.parse_args()
-    document: dict[str, Any] = json.loads(RESULT.read_text("utf-8")) if RESULT.is_file() else {"rows": []}
+    document = tables.read_all(RESULT)
     done = {(row["quant"], row["pattern"], row["pruner"]) for row in document["rows"]}
     cells = [(quant, pattern, name) for quant in STORED for pattern in PATTERNS for name in METHODS]
     if missing := [cell for cell in cells if cell not in done]:
         prune(document, missing)
-    write_page(document["rows"])
+    tables.put(PAGE, "bench_pruning", made(document["rows"]))
     if told.steps or "steps" not in document:
         document["steps"] = {dtype: steps(dtype) for dtype in ("fp32", "bf16")}
-        save(document)
+        tables.write(RESULT, **document)
 
 
 def prune(document: dict[str, Any], cells: list[tuple[str, str | None, str]]) -> None:
@@ -79,15 +77,9 @@ def prune(document: dict[str, Any], cells: list[tuple[str, str | None, str]]) ->
         row = {"quant": quant, "pattern": pattern, "pruner": name, "sparsity": reached, "mean_layer_error": error}
         row |= reference.compare(twin)
         print(f"{quant:<5} {pattern or '50 %':<5} {name:<10} KL {row['kl_mean']:.5f}", flush=True)
-        document |= {"format_version": 1, "machine": describe_machine()}
         document |= {"pieces": PIECES, "length": LENGTH, "eval_tokens": row["tokens"]}
         document["rows"].append(row)
-        save(document)
-
-
-def save(document: dict[str, Any]) -> None:
-    """Write the result."""
-    RESULT.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
+        tables.write(RESULT, **document)
 
 
 def steps(dtype: str) -> dict[str, float]:
@@ -135,8 +127,8 @@ def step_of(dtype: str, *, said: bool) -> Callable[[], float]:
     return step
 
 
-def write_page(rows: list[dict[str, Any]]) -> None:
-    """Put the table in the page, between its marks."""
+def made(rows: list[dict[str, Any]]) -> str:
+    """The table of the page."""
     found = {(row["quant"], row["pattern"], row["pruner"]): row for row in rows}
     lines = ["| stored | zeros | " + " | ".join(METHODS) + " |", "| --- | --- |" + " --- |" * len(METHODS)]
     for quant in STORED:
@@ -145,9 +137,7 @@ def write_page(rows: list[dict[str, Any]]) -> None:
             lines.append(
                 f"| {'dense' if quant == 'none' else quant} | {pattern or '50 %'} | " + " | ".join(cells) + " |"
             )
-    text = PAGE.read_text("utf-8")
-    before, _, rest = text.partition(START)
-    PAGE.write_text(before + START + "\n" + "\n".join(lines) + "\n" + END + rest.partition(END)[2], "utf-8")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import statistics
 import sys
@@ -26,10 +25,9 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from machine import describe_machine  # noqa: E402
+import tables  # noqa: E402
 
-RESULT, PAGE = ROOT / "benchmarks" / "results" / "qat.json", ROOT / "docs" / "qat.md"
-START, END = "<!-- made by scripts/bench_qat.py -->", "<!-- end of scripts/bench_qat.py -->"
+RESULT, PAGE = tables.RESULTS / "qat.json", tables.DOCS / "qat.md"
 BITS, SEEDS, GROUP = (3, 2), (0, 1, 2), 32
 STEPS, LENGTH, EVAL, CALIBRATION = 60, 256, 8, 24
 """Optimizer steps of one piece each, tokens of a piece, pieces that are measured on, pieces that GPTQ looks at."""
@@ -156,9 +154,9 @@ def measure(base: Base, seed: int, rows: list[Row]) -> None:
 
 def add(seed: int, method: str, bits: int, loss: float) -> None:
     """Put a row into the file, in the place of one that is there."""
-    document = read()
+    document = tables.read_all(RESULT)
     key = {"method": method, "bits": bits, "seed": seed}
-    rest = [row for row in document.get("rows", []) if not key.items() <= row.items()]
+    rest = [row for row in document["rows"] if not key.items() <= row.items()]
     print(f"seed {seed}  {bits or '-'} bits  {method:<11} perplexity {math.exp(loss):.3f}", flush=True)
     write(document | {"rows": [*rest, {**key, "loss": loss, "perplexity": math.exp(loss)}]})
 
@@ -190,16 +188,10 @@ def time_steps(base: Base) -> list[Row]:
     return found
 
 
-def read() -> dict[str, Any]:
-    """The file; empty before there is one."""
-    return dict(json.loads(RESULT.read_text("utf-8"))) if RESULT.is_file() else {}
-
-
 def write(document: dict[str, Any]) -> None:
     """The file, with what it was made on."""
     facts = {"steps": STEPS, "tokens_per_step": LENGTH, "group_size": GROUP, "learning_rate": RATE}
-    whole = {"format_version": 1, "machine": describe_machine(), **facts, **document}
-    RESULT.write_text(json.dumps(whole, indent=1) + "\n", "utf-8")
+    tables.write(RESULT, **document | facts)
 
 
 LINES = (
@@ -210,7 +202,7 @@ LINES = (
 )
 
 
-def table(rows: list[Row]) -> list[str]:
+def made(rows: list[Row]) -> str:
     """Perplexities, the mean and the range over seeds."""
     lines = ["| held-out perplexity | dense | 3 bits | 2 bits |", "| --- | ---: | ---: | ---: |"]
     for title, dense, rounded in LINES:
@@ -220,14 +212,7 @@ def table(rows: list[Row]) -> list[str]:
             spread = f" ({min(found):.2f} to {max(found):.2f})" if len(found) > 1 else ""
             cells.append(f"{statistics.mean(found):.2f}{spread}" if found else "")
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    return lines
-
-
-def write_page() -> None:
-    """Put the table in the page, between its marks."""
-    before, _, rest = PAGE.read_text("utf-8").partition(START)
-    made = "\n".join(table(read()["rows"]))
-    PAGE.write_text(f"{before}{START}\n{made}\n{END}{rest.partition(END)[2]}", "utf-8")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -243,12 +228,12 @@ def main() -> None:
         base = Base()
         if told.steps:
             found = time_steps(base)
-            write(read() | {"step": found})
+            write(tables.read_all(RESULT) | {"step": found})
             return
         for seed in SEEDS if told.seed is None else (told.seed,):
-            measure(base, seed, read().get("rows", []))
+            measure(base, seed, tables.read(RESULT))
     if told.seed is None:
-        write_page()
+        tables.put(PAGE, "bench_qat", made(tables.read(RESULT)))
 
 
 if __name__ == "__main__":

@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import os
 import statistics
 import sys
 import time
@@ -30,10 +28,9 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from machine import describe_machine  # noqa: E402
+import tables  # noqa: E402
 
-RESULT, PAGE = ROOT / "benchmarks" / "results" / "quantize.json", ROOT / "docs" / "quantization.md"
-START, END = "<!-- made by scripts/bench_quantize.py -->", "<!-- end of scripts/bench_quantize.py -->"
+RESULT, PAGE = tables.RESULTS / "quantize.json", tables.DOCS / "quantization.md"
 BITS, GROUPS, SEEDS = (4, 3, 2), (-1, 128, 64, 32), (0, 1, 2)
 PIECES, EVAL, LENGTH = 12, 8, 256
 EMBEDDED = "embedded base"
@@ -135,14 +132,9 @@ def method(name: str) -> tuple[Any, Any]:
     return made[name]()
 
 
-def read() -> list[Row]:
-    """The rows of the file."""
-    return json.loads(RESULT.read_text("utf-8"))["rows"] if RESULT.is_file() else []
-
-
 def measure(name: str, opened: Callable[[], Base]) -> None:
     """Fill in the missing rows of a model; another process may do so with another model meanwhile."""
-    todo = [cell for cell in cells(name) if not found(read(), **cell.key())]
+    todo = [cell for cell in cells(name) if not found(tables.read(RESULT), **cell.key())]
     base = opened() if todo else None
     for cell in todo:
         assert base is not None
@@ -152,10 +144,7 @@ def measure(name: str, opened: Callable[[], Base]) -> None:
         print(f"{name}, {cell.method}, {cell.bits} bits, {cell.group_size}, {cell.seed}: KL {row['kl_mean']:.5f}")
         sys.stdout.flush()
         facts = {"pieces": PIECES, "length": LENGTH, "eval_pieces": EVAL}
-        document = {"format_version": 2, "machine": describe_machine(), **facts, "rows": [*read(), row]}
-        written = RESULT.with_suffix(f".{os.getpid()}")
-        written.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
-        os.replace(written, RESULT)
+        tables.write(RESULT, format_version=2, **facts, rows=[*tables.read(RESULT), row])
 
 
 def found(rows: list[Row], **key: Any) -> list[Row]:
@@ -177,17 +166,13 @@ def exceptions(rows: list[Row]) -> tuple[list[str], int]:
     return wrong, count
 
 
-def page(text: str, rows: list[Row]) -> str:
-    """The page with its tables made anew."""
-    before, _, rest = text.partition(START)
-    _, mark, after = rest.partition(END)
-    if not mark:
-        raise SystemExit(f"{PAGE.name} has no {START} with {END} after it")
+def made(rows: list[Row]) -> str:
+    """The tables of the page."""
     parts = [table(rows, model) for model in sorted({row["model"] for row in rows}, key=lambda name: name != EMBEDDED)]
     wrong, count = exceptions(rows)
     below = f"GPTQ is below rounding to nearest in KL in {count - len(wrong)} of {count} runs"
     parts.append(below + (f"; not in: {'; '.join(wrong)}." if wrong else "."))
-    return f"{before}{START}\n" + "\n\n".join([*parts, aside(rows)]) + f"\n{END}{after}"
+    return "\n\n".join([*parts, aside(rows)])
 
 
 def table(rows: list[Row], model: str) -> str:
@@ -262,10 +247,10 @@ def main() -> None:
     for name, opened in bases.items():
         if not options.page and options.only in (None, name):
             measure(name, opened)
-    rows = read()
+    rows = tables.read(RESULT)
     wrong, count = exceptions(rows)
     print(f"GPTQ is below RTN in KL in {count - len(wrong)} of {count} runs", *wrong, sep="\n")
-    PAGE.write_text(page(PAGE.read_text("utf-8"), rows), "utf-8")
+    tables.put(PAGE, "bench_quantize", made(rows))
 
 
 if __name__ == "__main__":

@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -27,11 +25,10 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
+import tables  # noqa: E402
 from bench_quantize import EMBEDDED, EVAL, LENGTH, PIECES, Base, found  # noqa: E402
-from machine import describe_machine  # noqa: E402
 
-RESULT, PAGE = ROOT / "benchmarks" / "results" / "structured.json", ROOT / "docs" / "pruning.md"
-START, END = "<!-- made by scripts/bench_structured.py -->", "<!-- end of scripts/bench_structured.py -->"
+RESULT, PAGE = tables.RESULTS / "structured.json", tables.DOCS / "pruning.md"
 SHARES, SEEDS = (0.25, 0.5), (0, 1, 2)
 DENSE, SPREAD, INFLUENCE = "dense", "evenly spread", "influence"
 WIDTHS: dict[str, dict[str, Any]] = {
@@ -134,14 +131,9 @@ def cells(model: str) -> Iterator[Cell]:
                 )
 
 
-def read() -> list[Row]:
-    """The rows of the file."""
-    return json.loads(RESULT.read_text("utf-8"))["rows"] if RESULT.is_file() else []
-
-
 def measure(name: str, opened: Callable[[], Bench]) -> None:
     """Fill in the missing rows of a model."""
-    todo = [cell for cell in cells(name) if not found(read(), **vars(cell))]
+    todo = [cell for cell in cells(name) if not found(tables.read(RESULT), **vars(cell))]
     bench = opened() if todo else None
     for cell in todo:
         assert bench is not None
@@ -150,21 +142,13 @@ def measure(name: str, opened: Callable[[], Bench]) -> None:
             continue
         row = vars(cell) | figures
         print(f"{name}, {cell.pruner}, {cell.share}, {cell.method}, {cell.seed}: KL {row['kl_mean']:.5f}", flush=True)
-        facts = {"pieces": PIECES, "length": LENGTH, "eval_pieces": EVAL}
-        document = {"format_version": 1, "machine": describe_machine(), **facts, "rows": [*read(), row]}
-        written = RESULT.with_suffix(".part")
-        written.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
-        os.replace(written, RESULT)
+        rows = [*tables.read(RESULT), row]
+        tables.write(RESULT, pieces=PIECES, length=LENGTH, eval_pieces=EVAL, rows=rows)
 
 
-def page(text: str, rows: list[Row]) -> str:
-    """The page with its tables made anew."""
-    before, _, rest = text.partition(START)
-    _, mark, after = rest.partition(END)
-    if not mark:
-        raise SystemExit(f"{PAGE.name} has no {START} with {END} after it")
-    models = dict.fromkeys(row["model"] for row in rows)
-    return f"{before}{START}\n" + "\n\n".join(table(rows, model) for model in models) + f"\n{END}{after}"
+def made(rows: list[Row]) -> str:
+    """The tables of the page."""
+    return "\n\n".join(table(rows, model) for model in dict.fromkeys(row["model"] for row in rows))
 
 
 def table(rows: list[Row], model: str) -> str:
@@ -208,7 +192,7 @@ def main() -> None:
             measure(STORY, lambda: Bench(told.story_model, told.story_data, None))
         if told.wiki_data:
             measure(WIKI, lambda: Bench("embedded", told.wiki_data, None))
-    PAGE.write_text(page(PAGE.read_text("utf-8"), read()), "utf-8")
+    tables.put(PAGE, "bench_structured", made(tables.read(RESULT)))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,9 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from machine import describe_machine  # noqa: E402
+import tables  # noqa: E402
 
-RESULT, PAGE = ROOT / "benchmarks" / "results" / "w8a8.json", ROOT / "docs" / "quantization.md"
-START, END = "<!-- made by scripts/bench_w8a8.py -->", "<!-- end of scripts/bench_w8a8.py -->"
+RESULT, PAGE = tables.RESULTS / "w8a8.json", tables.DOCS / "quantization.md"
 GAINS = (1, 30, 100)
 CHANNELS = 3
 PIECES, EVAL, LENGTH = 4, 4, 256
@@ -95,7 +93,7 @@ def main() -> None:
         with torch.no_grad():
             change = float((injected(**batches[0]).logits - model(**batches[0]).logits).abs().max())
         for name, (quant, transform) in methods.items():
-            if any((row["gain"], row["method"]) == (gain, name) for row in known()):
+            if any((row["gain"], row["method"]) == (gain, name) for row in tables.read(RESULT)):
                 continue
             twin = copy.deepcopy(injected)
             seen = batches if transform or quant.needs_inputs else []
@@ -103,18 +101,12 @@ def main() -> None:
             if name == PAPER:
                 keep_outlier_weights(twin, injected)
             row = {"gain": gain, "method": name, "logit_change": change, **reference.compare(twin)}
-            rows = sorted([*known(), row], key=lambda each: order.index((each["gain"], each["method"])))
+            rows = sorted([*tables.read(RESULT), row], key=lambda each: order.index((each["gain"], each["method"])))
             print(f"x{gain:<3} {name:<36} perplexity {row['perplexity']:.3f} KL {row['kl_mean']:.5f}", flush=True)
             facts = {"pieces": PIECES, "length": LENGTH, "channels": CHANNELS, "eval_tokens": row["tokens"]}
-            document = {"format_version": 1, "machine": describe_machine(), **facts, "rows": rows}
-            RESULT.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
-    if len(known()) == len(order):
-        write_page(known())
-
-
-def known() -> list[dict[str, Any]]:
-    """The rows in the file."""
-    return json.loads(RESULT.read_text("utf-8"))["rows"] if RESULT.is_file() else []
+            tables.write(RESULT, **facts, rows=rows)
+    if len(rows := tables.read(RESULT)) == len(order):
+        tables.put(PAGE, "bench_w8a8", made(rows))
 
 
 def inject(model: Any, gain: float, batch: dict[str, Any]) -> None:
@@ -157,8 +149,8 @@ def keep_outlier_weights(model: Any, dense: Any) -> None:
             module.register_forward_hook(corrected(w_OI - module.dequantize(torch.float32), module.threshold))
 
 
-def write_page(rows: list[dict[str, Any]]) -> None:
-    """Put the table in the page, between its marks."""
+def made(rows: list[dict[str, Any]]) -> str:
+    """The table of the page."""
     found = {(row["gain"], row["method"]): row for row in rows}
     columns = [f"{'as trained' if gain == 1 else f'x{gain}'}" for gain in GAINS]
     dense = rows[0]["perplexity_dense"]
@@ -170,10 +162,7 @@ def write_page(rows: list[dict[str, Any]]) -> None:
         lines.append(
             f"| {method} | " + " | ".join(f"{shown(c['perplexity'])} ({c['kl_mean']:.4f})" for c in cells) + " |"
         )
-    text = PAGE.read_text("utf-8")
-    before, _, rest = text.partition(START)
-    if rest:
-        PAGE.write_text(before + START + "\n" + "\n".join(lines) + "\n" + END + rest.partition(END)[2], "utf-8")
+    return "\n".join(lines)
 
 
 def shown(perplexity: float) -> str:

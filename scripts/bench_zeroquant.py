@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import sys
 import time
 from dataclasses import asdict, replace
@@ -25,10 +24,9 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from machine import describe_machine  # noqa: E402
+import tables  # noqa: E402
 
-RESULT, PAGE = ROOT / "benchmarks" / "results" / "zeroquant.json", ROOT / "docs" / "quantization.md"
-START, END = "<!-- made by scripts/bench_zeroquant.py -->", "<!-- end of scripts/bench_zeroquant.py -->"
+RESULT, PAGE = tables.RESULTS / "zeroquant.json", tables.DOCS / "quantization.md"
 PIECES, EVAL, LENGTH = 16, 8, 256
 STEPS = 50
 FORMATS = {
@@ -79,7 +77,7 @@ def main() -> None:
     for form, way in todo:
         if form not in asked.formats or way not in asked.ways:
             continue
-        if any((row["format"], row["way"]) == (form, way) for row in known()):
+        if any((row["format"], row["way"]) == (form, way) for row in tables.read(RESULT)):
             continue
         name, settings = FORMATS[form]
         rate = SLOWLY if "slowly" in way else training.learning_rate
@@ -92,31 +90,22 @@ def main() -> None:
         row = {"format": form, "way": way, "cpu_seconds": round(time.process_time() - begun, 1)}
         row |= {"learning_rate": rate} if distiller else {}
         row |= reference.compare(twin) | {"blocks": [asdict(each) for each in distiller.done] if distiller else []}
-        rows = sorted([*known(), row], key=lambda each: todo.index((each["format"], each["way"])))
+        rows = sorted([*tables.read(RESULT), row], key=lambda each: todo.index((each["format"], each["way"])))
         print(f"{form} {way:<36} KL {row['kl_mean']:.5f} perplexity {row['perplexity']:.2f}", flush=True)
         facts = {"pieces": PIECES, "length": LENGTH, "eval_tokens": row["tokens"], "distill": asdict(training)}
-        document = {"format_version": 1, "machine": describe_machine(), **facts, "rows": rows}
-        RESULT.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
-    if len(known()) == len(todo):
-        write_page(known())
+        tables.write(RESULT, **facts, rows=rows)
+    if len(rows := tables.read(RESULT)) == len(todo):
+        tables.put(PAGE, "bench_zeroquant", made(rows))
 
 
-def known() -> list[dict[str, Any]]:
-    """The rows in the file."""
-    return json.loads(RESULT.read_text("utf-8"))["rows"] if RESULT.is_file() else []
-
-
-def write_page(rows: list[dict[str, Any]]) -> None:
-    """Put the table in the page, between its marks."""
+def made(rows: list[dict[str, Any]]) -> str:
+    """The table of the page."""
     found = {(row["format"], row["way"]): row for row in rows}
     lines = ["| KL (perplexity) | " + " | ".join(FORMATS) + " |", "| --- |" + " --- |" * len(FORMATS)]
     for way in WAYS:
         cells = [found[form, way] for form in FORMATS]
         lines.append(f"| {way} | " + " | ".join(f"{c['kl_mean']:.4f} ({c['perplexity']:.2f})" for c in cells) + " |")
-    page = PAGE.read_text("utf-8")
-    before, _, rest = page.partition(START)
-    if rest:
-        PAGE.write_text(before + START + "\n" + "\n".join(lines) + "\n" + END + rest.partition(END)[2], "utf-8")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
