@@ -22,15 +22,13 @@ from torch import Tensor
 
 from finetune.kernels import cpu_integer, triton_backend
 from finetune.kernels.operand import register_format
+from finetune.kernels.pieces import row_parts
 from finetune.kernels.products import autocast, define_products, library
 
 BITS = (2, 3, 4, 8)
 
 _UNIT = {2: (4, 1), 3: (8, 3), 4: (2, 1), 8: (1, 1)}
 """Codes and bytes of the smallest whole piece of a row."""
-
-_CHUNK = 1 << 17
-"""Weights decoded at a time by each CPU core: the temporaries stay in its cache."""
 
 _STORAGE = "Tensor codes, Tensor scale, Tensor? zero, int bits, int group_size"
 
@@ -149,10 +147,7 @@ def reference_dequantize(
     rows = out_RI.shape[0]
     codes_RP, scale_RG = codes.reshape(rows, -1), scale.reshape(rows, -1)
     zero_RG = None if zero is None else zero.reshape(rows, -1)
-    cores = min(torch.get_num_threads(), 16) if out.device.type == "cpu" else 256
-    step = max(1, _CHUNK * cores // max(width, 1))
-    for start in range(0, rows, step):
-        part = slice(start, start + step)
+    for part in row_parts(out_RI):
         codes_SI = unpack(codes_RP[part], bits, width)
         out_RI[part] = decode(codes_SI, scale_RG[part], None if zero_RG is None else zero_RG[part], bits, group_size)
     return out

@@ -29,12 +29,11 @@ import torch
 from torch import Tensor
 
 from finetune.kernels.operand import register_format
+from finetune.kernels.pieces import row_parts
 from finetune.kernels.products import autocast, define_products, library
 
 BLOCK = 32
 """Weights of a block."""
-_CHUNK = 1 << 17
-"""Weights decoded at a time by each CPU core: the temporaries stay in its cache."""
 _STORAGE = "Tensor blocks, Tensor? places, Tensor? values, str kind"
 
 
@@ -182,10 +181,7 @@ def reference_dequantize(
     out = torch.empty(shape, dtype=dtype, device=blocks.device)
     width = out.shape[-1]
     out_RI, blocks_RP = out.view(-1, width), blocks.reshape(-1, blocks.shape[-1])
-    cores = min(torch.get_num_threads(), 16) if out.device.type == "cpu" else 256
-    step = max(1, _CHUNK * cores // max(width, 1))
-    for start in range(0, len(out_RI), step):
-        part = slice(start, start + step)
+    for part in row_parts(out_RI):
         codes_SI, scale_SG, least_SG = unpack(blocks_RP[part], kind, -(-width // BLOCK) * BLOCK)
         least_SG1 = None if least_SG is None else least_SG.unsqueeze(-1)
         decoded_SI = decode(codes_SI.unflatten(-1, (-1, BLOCK)), scale_SG.unsqueeze(-1), least_SG1, kind).flatten(-2)

@@ -19,15 +19,13 @@ import torch
 from torch import Tensor
 
 from finetune.kernels import codebook as books
+from finetune.kernels.pieces import chunk
 
 NESTED_BLOCK = 256
 """Blocks of absmax under one nested absmax (QLoRA, section 3)."""
 
 _TINY = 1e-38
 """Keeps 1 / absmax finite for blocks of zeros; bitsandbytes' figure."""
-
-_CHUNK = 1 << 17
-"""Weights handled at a time by each CPU core: the temporaries stay in its cache. A multiple of every block size."""
 
 
 class Packed4bit(NamedTuple):
@@ -80,7 +78,7 @@ def quantize_4bit(
 def encode_4bit(flat_N: Tensor, codebook: str, block_size: int, codes_P: Tensor, absmax_G: Tensor) -> None:
     """Encode into `codes_P` and `absmax_G` in place, in pieces, so that no float32 copy of the whole exists."""
     count = flat_N.numel()
-    step = _chunk(flat_N.device)
+    step = chunk(flat_N.device)
     for start in range(0, count, step):
         piece = flat_N[start : start + step].float()
         block = start // block_size
@@ -157,7 +155,7 @@ def dequantize_4bit(packed: Packed4bit, codebook: str, block_size: int, shape: l
     absmax_G = decode_absmax(packed.absmax_G, packed.nested_absmax, packed.offset)
     pairs = books.pair_table(codebook, device)
     count = out_N.numel()
-    step = min(_chunk(device), count + count % 2)
+    step = min(chunk(device), count + count % 2)
     index = torch.empty(step // 2, dtype=torch.int32, device=device)
     values = torch.empty(step // 2, dtype=torch.float64, device=device)
     for start in range(0, count, step):
@@ -177,8 +175,3 @@ def _scale_blocks(weights_N: Tensor, absmax_G: Tensor, block_size: int) -> None:
     weights_N[:full].view(whole, block_size).mul_(absmax_G[:whole].unsqueeze(1))
     if full < weights_N.numel():
         weights_N[full:].mul_(absmax_G[whole])
-
-
-def _chunk(device: torch.device) -> int:
-    """Weights a step: what fits a core's cache, times the cores; on an accelerator much more, to keep it busy."""
-    return _CHUNK * (min(torch.get_num_threads(), 16) if device.type == "cpu" else 256)

@@ -22,12 +22,11 @@ from torch import Tensor
 
 from finetune.kernels import affine
 from finetune.kernels.operand import register_format
+from finetune.kernels.pieces import row_parts
 from finetune.kernels.products import autocast, define_products, library
 
 PLACE_BITS = {4: 2, 8: 3, 16: 4}
 """Bits of a place, by the size of a group."""
-_CHUNK = 1 << 17
-"""Weights decoded at a time by each CPU core: the temporaries stay in its cache."""
 _STORAGE = "Tensor places, Tensor values, int kept, int group"
 
 
@@ -100,10 +99,8 @@ def reference_dequantize(
     out = torch.zeros(shape, dtype=dtype, device=places.device)
     width = out.shape[-1]
     out_RI, places_RP = out.view(-1, width), places.reshape(-1, places.shape[-1])
-    cores = min(torch.get_num_threads(), 16) if out.device.type == "cpu" else 256
-    step, used = max(1, _CHUNK * cores // max(width, 1)), 0
-    for start in range(0, len(out_RI), step):
-        part = slice(start, start + step)
+    used = 0
+    for part in row_parts(out_RI):
         if group:
             places_SV = affine.unpack(places_RP[part], PLACE_BITS[group], width // group * kept).long()
             values_SV = values.reshape(len(out_RI), -1)[part].to(dtype)
@@ -112,8 +109,9 @@ def reference_dequantize(
             )
         else:
             mask_SI = unpack_mask(places_RP[part], width)
-            out_RI[part].masked_scatter_(mask_SI, values[used:].to(dtype))
-            used += int(mask_SI.sum()) if start + step < len(out_RI) else 0
+            count = int(mask_SI.sum())
+            out_RI[part].masked_scatter_(mask_SI, values[used : used + count].to(dtype))
+            used += count
     return out
 
 

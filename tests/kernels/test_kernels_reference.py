@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from finetune.kernels import codebook as books
-from finetune.kernels import reference
+from finetune.kernels import pieces, reference
 
 SHAPES = [(64, 128), (96, 80), (7, 9), (1, 1), (1, 63), (300, 1031), (64, 64)]
 BLOCKS = [32, 64, 128, 512, 4096]
@@ -143,9 +143,9 @@ def test_pieces_equal_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     w = weights((130, 127))
     whole = reference.quantize_4bit(w, "nf4", 64, True)
     decoded = reference.dequantize_4bit(whole, "nf4", 64, [130, 127], torch.bfloat16)
-    monkeypatch.setattr(reference, "_CHUNK", 4096)
-    pieces = reference.quantize_4bit(w, "nf4", 64, True)
-    assert all(torch.equal(a, b) for a, b in zip(whole, pieces, strict=True))
+    monkeypatch.setattr(pieces, "CHUNK", 4096)
+    parts = reference.quantize_4bit(w, "nf4", 64, True)
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
     assert torch.equal(reference.dequantize_4bit(whole, "nf4", 64, [130, 127], torch.bfloat16), decoded)
 
 

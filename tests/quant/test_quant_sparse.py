@@ -11,7 +11,7 @@ from quant_matrices import empty, normal
 from torch import Tensor
 
 from finetune.errors import ModelError
-from finetune.kernels import sparse
+from finetune.kernels import pieces, sparse
 from finetune.quant.facts import pack_json, unpack_json
 from finetune.quant.pruners.base import keep_of_groups
 from finetune.quant.sparse import FACTS, Sparse, SparseWeightConfig
@@ -124,7 +124,7 @@ def test_rows_are_decoded_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> No
     for pattern in ((2, 4), None):
         w = pruned(40, 64, pattern=pattern)
         module = filled(w)
-        monkeypatch.setattr(sparse, "_CHUNK", 64 * 7)
+        monkeypatch.setattr(pieces, "CHUNK", 64 * 7)
         assert torch.equal(module.decode(torch.bfloat16), w)
 
 
