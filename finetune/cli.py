@@ -104,10 +104,13 @@ def launch(entry: Callable[[], None], config_dir: Path) -> None:
 
 
 def _launch(entry: Callable[[], None], config_dir: Path, arguments: list[str]) -> int:
-    from finetune.startup import importing
+    from finetune.startup import importing, leave
 
-    with importing():
-        code, multirun = _before(config_dir.resolve(), arguments)
+    try:
+        with importing():
+            code, multirun = _before(config_dir.resolve(), arguments)
+    except UserError as error:
+        leave(fail(error))
     if code is not None:
         return code
     # Hydra's launchers read the command line again; a job that fails is recorded in JOBS and never raises into them.

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import atexit
 import gc
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 
 @contextmanager
@@ -24,6 +26,16 @@ def importing() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+def leave(code: int) -> NoReturn:
+    """Exit without freeing what was imported, object by object, which takes 0.7 s of what a mistake takes to be told.
+
+    For a process that has started nothing yet: no handler of `atexit` runs.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _settle() -> None:

@@ -62,7 +62,8 @@ def test_help_names_a_mistake_beside_it() -> None:
 def test_what_is_known_at_once_is_said_before_hydra_or_a_model_library_starts() -> None:
     """Each of these takes seconds to import or start."""
     code = (
-        "import sys; from pathlib import Path; import finetune.cli as cli\n"
+        "import sys; from pathlib import Path; import finetune.cli as cli; import finetune.startup as startup\n"
+        "startup.leave = sys.exit\n"
         "def entry(): raise AssertionError('Hydra was started')\n"
         "sys.argv = ['train.py', 'adapter.rank=100000']\n"
         "try: cli.launch(entry, Path('conf'))\nexcept SystemExit as stop: assert stop.code == 2, stop\n"
