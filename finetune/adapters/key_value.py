@@ -24,46 +24,41 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finetune.adapters import key_value_attention, key_value_cache, peft_prompts
-from finetune.adapters.input import InputAdapter, InputConfig, Materialised, PromptEncoder, Removable, size
+from finetune.adapters.input import InputAdapter, Materialised, PromptEncoder, Removable, size
+from finetune.adapters.prompt_start import DrawnConfig
 from finetune.adapters.saved_prompt import agreed
-from finetune.errors import ConfigError, ModelError, nearest
+from finetune.errors import ConfigError, ModelError
 from finetune.structure.attention import attending
 
 METHOD = "PREFIX_TUNING"
 """PEFT's name."""
 SHAPE = ("num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules")
 """Keys of adapter_config.json that decide how its tensor is cut."""
-STARTS = ("vocabulary", "random")
 SLIDING = "sliding_attention"
 """What transformers calls blocks whose attention has a window, in `layer_types` of a configuration."""
 
 
 @dataclass
-class KeyValueConfig(InputConfig):
+class KeyValueConfig(DrawnConfig):
     """Trained keys and values.
 
     With `path`, the saved adapter decides prefix_length and train_also; what trains is then the keys and values
     themselves.
 
     Attributes:
-        init: vocabulary (what the base computes for tokens drawn from its vocabulary) or random.
+        init: vocabulary (what the base computes for common words, drawn uniformly) or random.
         reparametrise: whether they come out of two small layers while they are trained.
         width: features between these.
         ratio: the keys and values themselves learn at so many times train.learning_rate, as a share of their size; the
             two layers learn at the plain rate, and what comes out of them moves faster than they do.
     """
 
-    init: str = "vocabulary"
     reparametrise: bool = False
     width: int = 512
     ratio: float = 50.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.init not in STARTS:
-            raise ConfigError(
-                f"adapter.init is {self.init!r}: expected {' | '.join(STARTS)}{nearest(self.init, STARTS)}"
-            )
         if not isinstance(self.reparametrise, bool):
             raise ConfigError(f"adapter.reparametrise is {self.reparametrise!r}: expected true or false")
         if not isinstance(self.width, int) or self.width < 1:
@@ -191,7 +186,7 @@ class KeyValueAdapter(InputAdapter):
 
     @torch.no_grad()
     def start(self) -> Tensor:
-        """[L, 2 N K]: torch's default for an embedding, or what the base computes for tokens of its vocabulary.
+        """[L, 2 N K]: torch's default for an embedding, or what the base computes for words of its vocabulary.
 
         These are the keys and values of a text of L tokens at the first positions, so that the adapted model starts as
         the base after a text without meaning.
@@ -200,7 +195,7 @@ class KeyValueAdapter(InputAdapter):
         start_LF = torch.empty(self.saved_shape(), device="cpu").normal_()
         if self.config.init == "random" or embeddings.weight.is_meta:
             return start_LF
-        ids_L = torch.randint(embeddings.weight.shape[0], start_LF.shape[:1], device="cpu")
+        ids_L = self.config.drawn_ids(embeddings.weight.shape[0])
         layers = key_value_cache.read(self.model, self.stack, ids_L.to(embeddings.weight.device)[None])
         for block, (key_1HLD, value_1HLD) in reversed(list(enumerate(layers))):
             begin = self._row(block) * self.features

@@ -18,7 +18,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT)]
 from methods.bleu import bleu, words  # noqa: E402
-from methods.grid import EXTRA, OURS, PEFT  # noqa: E402
+from methods.grid import EXTRA, OURS, PEFT, SHORT_ROWS  # noqa: E402
 from methods.peft_lora import take_place  # noqa: E402
 from methods.tasks import TASKS, Task, write_rows  # noqa: E402
 
@@ -44,7 +44,7 @@ def overrides_of(job: dict[str, Any], task: Task, files: dict[str, Path], folder
         own.append(f"adapter.learning_rate={job['learning_rate']}")
     base = [f"model.path={job['encoder']}"] if task.encoder else []
     first = [override for override in task.overrides if override.startswith("objective=")]
-    own += EXTRA.get(job["method"], ())
+    own += EXTRA.get(job["method"], ()) + (SHORT_ROWS.get(job["method"], ()) if task.encoder else ())
     return [*first, *COMMON, *(o for o in task.overrides if o not in first), *base, *own]
 
 

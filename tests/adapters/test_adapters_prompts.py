@@ -10,11 +10,14 @@ import torch
 from adapters_models import bits, frozen, ids, logits, make
 from adapters_prompts import KINDS, L, attached, each
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from finetune.adapters.attach import attach
 from finetune.adapters.p_tuning import PTuningConfig
 from finetune.adapters.prelayer import PreLayerConfig
+from finetune.adapters.prompt_start import COMMON, common_words
 from finetune.adapters.prompt_tuning import PromptTuningConfig
+from finetune.assets import EMBEDDED
 from finetune.errors import ConfigError, UserError
 
 
@@ -76,7 +79,15 @@ def test_lengths_and_counts() -> None:
 
 
 class Letters:
-    """A tokenizer of the letters a to z."""
+    """A tokenizer of the letters a to z, and of what else stands before the words of a vocabulary."""
+
+    words = [*"abcdefghijklmnopqrstuvwxyz", "[unused0]", "##ed", "12", " the", " of"]
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(self.words[token] for token in ids)
 
     def __call__(self, text: str) -> dict[str, list[int]]:
         return {"input_ids": [ord(letter) - 87 for letter in text]}
@@ -115,6 +126,21 @@ def test_a_start_from_the_vocabulary_is_drawn_by_the_seed() -> None:
     assert not torch.equal(starts[0], starts[2])
     rows = frozen("llama").get_input_embeddings().weight
     assert all(any(torch.equal(row, other) for other in rows) for row in starts[0])
+
+
+def test_a_start_from_the_vocabulary_is_of_its_common_words() -> None:
+    """Rare tokens draw attention away from the text."""
+    config = PromptTuningConfig(prefix_length=64)
+    config.read_tokenizer(Letters())
+    assert set(config.drawn_ids(96).tolist()) == {29, 30}
+    config.word_ids = list(range(90, 200))
+    assert config.drawn_ids(96).max() < 96, "tokens that were added and have no row yet"
+
+
+def test_the_common_words_of_a_real_tokenizer() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    words = [tokenizer.decode([token]) for token in common_words(tokenizer)]
+    assert len(words) == COMMON and {" the", " of"} <= set(words)
 
 
 @pytest.mark.parametrize(
