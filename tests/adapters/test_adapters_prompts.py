@@ -81,7 +81,7 @@ def test_lengths_and_counts() -> None:
 class Letters:
     """A tokenizer of the letters a to z, and of what else stands before the words of a vocabulary."""
 
-    words = [*"abcdefghijklmnopqrstuvwxyz", "[unused0]", "##ed", "12", " the", " of"]
+    words = (*"abcdefghijklmnopqrstuvwxyz", "[unused0]", "##ed", "12", " the", " of")
 
     def __len__(self) -> int:
         return len(self.words)
