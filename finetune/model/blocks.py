@@ -23,6 +23,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 
 from finetune.errors import ModelError
 from finetune.model.config import ModelConfig
+from finetune.model.exchange import exchange_norms
 from finetune.model.headers import Header
 from finetune.model.loading import Loading
 from finetune.model.pretrained import attention_for, empty_model, judge, native_class, quiet
@@ -74,7 +75,7 @@ class BlockReader:
         task: Task = CAUSAL_LM,
     ) -> None:
         self.directory, self.device, self.headers, self.task = directory, device, headers, task
-        self.loading = Loading(DenseConfig(), dtype)
+        self.loading, self._fused = Loading(DenseConfig(), dtype), model.fused != "off"
         native = native_class(config, model, task, str(directory))
         self._attention = attention_for(native, model, self.loading)
         self._config = copy.deepcopy(config)
@@ -106,7 +107,7 @@ class BlockReader:
         return self.model.requires_grad_(False).eval()
 
     def read(self, block: str) -> nn.Module:
-        """A block with its weights, its projections dense frozen modules.
+        """A block with its weights, its projections dense frozen modules, its norms fused ones where they may be.
 
         Raises:
             ModelError: where a weight cannot be read.
@@ -117,7 +118,10 @@ class BlockReader:
         absent = [name for name, tensor in module.state_dict().items() if tensor.is_meta]
         if absent:
             raise ModelError(f"{self.directory} holds no {block}.{absent[0]}")
-        return module.requires_grad_(False).eval()
+        module.requires_grad_(False).eval()
+        if self._fused:
+            exchange_norms(module, self.loading.dtype)
+        return module
 
     def release(self) -> None:
         """Give the pages of the checkpoint back that are mapped in memory."""

@@ -31,14 +31,16 @@ LOUD = 4.0
 
 def why_not(model: nn.Module) -> str:
     """Why nothing of a model is exchanged; empty where it may be."""
-    kind = next(model.parameters()).device.type
+    return _why_not(next(model.parameters()).device.type, _dtype(model))
+
+
+def _why_not(kind: str, dtype: torch.dtype) -> str:
     if kind in triton_backend.DEVICES:
         return triton_backend.why_off() or ""
     if kind != "cpu":
         return f"there are no fused kernels for {kind}"
     if native.level() not in ("avx512", "avx512_bf16", "amx"):
         return f"the compiled CPU kernels are {native.why_off() or native.level()}; the fused ones want AVX512"
-    dtype = _dtype(model)
     return "" if dtype in (torch.float32, torch.bfloat16) else f"there are no fused kernels for {dtype}"
 
 
@@ -53,15 +55,32 @@ def exchange(model: nn.Module) -> list[Exchanged]:
     """
     if why_not(model):
         return []
-    done: list[Exchanged] = []
+    dtype = _dtype(model)
+    done = exchange_norms(model, dtype)
     with in_mode(model, training=False):
-        done += _each(model, "norm", lambda m: bool(norm_epsilons(m)), _norm)
         done += _each(
-            model, "gated MLP", lambda m: gated_layers(m) is not None and any(True for _ in _callables(m)), _gated
+            model,
+            dtype,
+            "gated MLP",
+            lambda m: gated_layers(m) is not None and any(True for _ in _callables(m)),
+            _gated,
         )
         if next(model.parameters()).device.type == "cpu":  # elsewhere torch's attention is a fused one
             done += exchange_attention(model)
     return done
+
+
+@torch.no_grad()
+def exchange_norms(part: nn.Module, dtype: torch.dtype) -> list[Exchanged]:
+    """As `exchange`, of a model or a part of one, but the norms alone: projections are called as they were.
+
+    Args:
+        dtype: of the activations.
+    """
+    if _why_not(next(part.parameters()).device.type, dtype):
+        return []
+    with in_mode(part, training=False):
+        return _each(part, dtype, "norm", lambda m: bool(norm_epsilons(m)), _norm)
 
 
 def candidates(model: nn.Module) -> str:
@@ -85,12 +104,13 @@ def notes(done: list[Exchanged]) -> list[str]:
 
 def _each(
     model: nn.Module,
+    dtype: torch.dtype,
     kind: str,
     looks_right: Callable[[nn.Module], bool],
     fuse: Callable[[nn.Module, torch.dtype], FusedModule | str],
 ) -> list[Exchanged]:
     """Try a stand-in for each module that looks right; `fuse` gives it, checked, or a reason."""
-    done, dtype = [], _dtype(model)
+    done = []
     for name, module in list(model.named_modules()):
         if not name or isinstance(module, FusedModule) or not looks_right(module):
             continue

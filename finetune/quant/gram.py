@@ -8,8 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-PANEL = 256
-"""Columns whose products with themselves and all later ones are summed at a time: the matrix is symmetric."""
+from finetune.kernels.gram import add_gram_, mirror_
 
 
 class Gram:
@@ -32,26 +31,22 @@ class Gram:
     def matrix_II(self) -> Tensor | None:
         """The sum; None before the first. No copy: what is taken in later is added to it."""
         if not self._mirrored and self._sum_II is not None:
-            for start in range(PANEL, len(self._sum_II), PANEL):
-                self._sum_II[start : start + PANEL, :start] = self._sum_II[:start, start : start + PANEL].T
+            mirror_(self._sum_II)
             self._mirrored = True
         return self._sum_II
 
     def add(self, x: Tensor) -> None:
         """Take some inputs in, [.., I]."""
-        x_NI = x.detach().reshape(-1, x.shape[-1]).float()
+        x_NI = x.detach().reshape(-1, x.shape[-1])
         if not len(x_NI):
             return
         self.samples += len(x_NI)
-        self._largest.append(torch.maximum(x_NI.amax(1), -x_NI.amin(1)))
+        self._largest.append(torch.maximum(x_NI.amax(1), -x_NI.amin(1)).float())
         largest = self._largest[-1].amax()
         self.limit = largest if self.limit is None else torch.maximum(self.limit, largest)
-        width = x_NI.shape[1]
         if self._sum_II is None:
-            self._sum_II = x_NI.new_zeros(width, width)
-        for start in range(0, width, PANEL):
-            panel_NC = x_NI[:, start : start + PANEL]
-            self._sum_II[start : start + PANEL, start:].addmm_(panel_NC.T, x_NI[:, start:])
+            self._sum_II = x_NI.new_zeros(x_NI.shape[1], x_NI.shape[1], dtype=torch.float32)
+        add_gram_(self._sum_II, x_NI)
         self._mirrored = False
 
     def largest_N(self) -> Tensor:

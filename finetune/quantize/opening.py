@@ -16,6 +16,7 @@ from finetune.data.rows import Batch as Rows
 from finetune.errors import ModelError
 from finetune.model.blocks import BlockReader
 from finetune.model.digest import base_digest
+from finetune.model.exchange import exchange_norms
 from finetune.model.headers import Header
 from finetune.model.held import Held, candidates
 from finetune.model.load import load
@@ -212,6 +213,8 @@ def _whole(config: QuantizeConfig, source: Source, batches: list[Batch]) -> Open
     loaded = load(replace(config.model, fused="off"), DenseConfig(), source.dtype, source.device, source.held)
     model: nn.Module = loaded.model
     structure, digest = inspect(model), loaded.digests["base"]
+    for block in structure.blocks if config.model.fused != "off" else ():
+        exchange_norms(model.get_submodule(block), source.dtype)
     rows, measure = _measured(model, structure, source)
     reference = Remembered(model, rows, measure) if rows else None
 

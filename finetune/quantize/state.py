@@ -140,7 +140,8 @@ class State:
             "summary": json.dumps(dict(summary)),
         }
         for lane in self.path.glob(f"*-{number + 1:05d}"):
-            fsync(lane)
+            for file in (*lane.iterdir(), lane):
+                fsync(file)
         temporary = self.part(number).with_suffix(".tmp")
         held = {key: tensor.detach().to("cpu").contiguous() for parts in tensors.values() for key, tensor in parts}
         save_file(held, temporary, metadata=metadata)
@@ -180,9 +181,7 @@ class Spilled:
         self.directory, self.device = directory, device
 
     def append(self, x: Tensor, /) -> None:
-        path = self.directory / f"{len(self):05d}.safetensors"
-        save_file({"x": x.detach().to("cpu").contiguous()}, path)
-        fsync(path)
+        save_file({"x": x.detach().to("cpu").contiguous()}, self.directory / f"{len(self):05d}.safetensors")
 
     def __iter__(self) -> Iterator[Tensor]:
         return (load_file(path)["x"].to(self.device) for path in self._paths())
