@@ -146,7 +146,14 @@ def lengths(random: Random) -> None:
     ops.scale_outputs_backward(tensor(rows, outputs, dtype=dtype), y, magnitude, norm, bias)
 
 
-FAMILIES = (codebook4, dense, int8, affine, dropout, between_products, cross_entropy, lengths)
+def gram(random: Random) -> None:
+    from finetune.kernels import gram as ops
+
+    width = 32 * random.randint(1, 20)
+    ops.add_gram_(torch.zeros(width, width), tensor(size(random, 1100), width, dtype=random.choice(DTYPES[:2])))
+
+
+FAMILIES = (codebook4, dense, int8, affine, dropout, between_products, cross_entropy, lengths, gram)
 
 
 def main(library: str, rounds: int) -> None:
