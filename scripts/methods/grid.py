@@ -43,6 +43,8 @@ SHORT_ROWS = {name: ("adapter.prefix_length=20",) for name in ("prompt_tuning", 
 """What it needs where a row is one sentence, on the encoder: a hundred virtual tokens drown the twenty of the text."""
 SEARCHED = {"e2e": 60, "sst2": 200}
 """Tasks that a rate is chosen on, by the loss of their development rows, and the steps of such a run."""
+CLOSE = 0.03
+"""Share of the best score within which the rate in the middle is taken: one seed tells no more."""
 PEFT, OURS = "peft_lora", "lora"
 """PEFT's LoRA, on the dense base alone, and what it is compared with there."""
 COLUMNS = ("nf4", "none", "int8")
@@ -136,8 +138,9 @@ def rate_of(method: str, rows: list[Job]) -> float | None:
 def choose(method: str, rows: list[Job]) -> float | None:
     """The rate that lowers the loss most over the tasks searched, each counted by the best fall of LoRA on it.
 
-    One scale for all methods: where a method learns next to nothing on a task, what it does there decides nothing. None
-    before every task that has been searched at all has all of the method's rates, and LoRA's.
+    One scale for all methods: where a method learns next to nothing on a task, what it does there decides nothing. Where
+    the middle rate does about as well as the best, the middle one. None before every task that has been searched at all
+    has all of the method's rates, and LoRA's.
     """
     tried = rates(method)
     scores = dict.fromkeys(tried, 0.0)
@@ -152,7 +155,9 @@ def choose(method: str, rows: list[Job]) -> float | None:
             return None
         for rate in tried:
             scores[rate] += max(falls[rate] / max(lora.values()), -1.0)
-    return max(scores, key=lambda rate: scores[rate]) if any(scores.values()) else None
+    best = max(scores, key=lambda rate: scores[rate])
+    near = scores[tried[1]] >= (1 - CLOSE) * scores[best]
+    return (tried[1] if near else best) if any(scores.values()) else None
 
 
 def _falls(method: str, task: str, rows: list[Job]) -> dict[float, float] | None:
