@@ -62,6 +62,8 @@ def test_a_rate_is_chosen_over_all_tasks_searched() -> None:
     e2e = [row(low, 1.0), row(middle, 2.0), row(high, 1.9)]
     assert grid.choose("lora", e2e) == middle
     assert grid.choose("lora", e2e[:2]) is None
+    assert grid.choose("lora", [row(low, 1.0), row(middle, 1.96), row(high, 2.0)]) == middle, "one seed tells no more"
+    assert grid.choose("lora", [row(low, 1.0), row(middle, 1.9), row(high, 2.0)]) == high
     sst2 = [row(low, 0.0, "sst2"), row(middle, 0.1, "sst2"), row(high, 0.4, "sst2")]
     assert grid.choose("lora", [*e2e, *sst2]) == high
     assert grid.choose("lora", [*e2e, *sst2[:2]]) is None
@@ -75,7 +77,7 @@ def test_missing_rows_are_said_to_be_missing() -> None:
     final = {"phase": "final", "steps": TASKS["e2e"].steps, **measured}
     text = methods_page.section([*found, row(middle, 3.0, **final)], ["lora", "ia3"])
     assert "| `lora` | 0.002 | 1,200 | 25.0 (2 missing) | missing | missing | 100% | 300 | 12 |" in text
-    assert "| `ia3` | 0.08\\* | missing | missing |" in text, "a preset, and said to be no more than that"
+    assert "| `ia3` | 0.04\\* | missing | missing |" in text, "a preset, and said to be no more than that"
     other = methods_page.section([*found, row(middle, 3.0, **final | {"steps": 1})], ["lora", "ia3"])
     assert "25.0" not in other, "a run of another length is no row of the table"
     assert "| `peft_lora` | missing | missing |" in methods_page.section(found, ["lora", "peft_lora"])

@@ -49,7 +49,7 @@ class IA3Config(WeightConfig):
     target_words: ClassVar[tuple[str, ...]] = (AUTO, ALL_LINEAR)
 
     name: str = "ia3"
-    learning_rate: float = 0.08
+    learning_rate: float = 0.04
     targets: Any = AUTO
     # OmegaConf has no type for "a string or a list of strings".
     feedforward: Any = AUTO

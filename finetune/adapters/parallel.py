@@ -50,6 +50,7 @@ class ParallelConfig(BottleneckConfig):
     structural: ClassVar[tuple[str, ...]] = (*STRUCTURAL, "scale")
 
     name: str = "parallel"
+    learning_rate: float = 0.004
     activation: str = "relu"
     scale: float = 4.0
 

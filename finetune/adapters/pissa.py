@@ -47,7 +47,7 @@ class PiSSAConfig(ResidualConfig):
 
     name: str = "pissa"
     alpha: float = 16.0
-    learning_rate: float = 0.001
+    learning_rate: float = 0.002
 
     def read(self, directory: Path) -> Saved:
         """What a saved adapter says of the factors that train; a LoRA that does not say it is read as two halves."""

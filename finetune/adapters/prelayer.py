@@ -44,7 +44,7 @@ class PreLayerConfig(StartConfig):
     """
 
     name: str = "prelayer"
-    learning_rate: float = 0.1
+    learning_rate: float = 0.05
 
     def check_saved(self, directory: Path) -> None:
         """Refuse another method and broken settings."""

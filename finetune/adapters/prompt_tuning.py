@@ -32,7 +32,7 @@ class PromptTuningConfig(StartConfig):
 
     name: str = "prompt_tuning"
     prefix_length: int = 100
-    learning_rate: float = 0.8
+    learning_rate: float = 0.2
 
     def check_saved(self, directory: Path) -> None:
         """Refuse another method, settings that we do not compute, and another length than set here."""

@@ -138,9 +138,9 @@ def rate_of(method: str, rows: list[Job]) -> float | None:
 def choose(method: str, rows: list[Job]) -> float | None:
     """The rate that lowers the loss most over the tasks searched, each counted by the best fall of LoRA on it.
 
-    One scale for all methods: where a method learns next to nothing on a task, what it does there decides nothing. Where
-    the middle rate does about as well as the best, the middle one. None before every task that has been searched at all
-    has all of the method's rates, and LoRA's.
+    One scale for all methods: where a method learns next to nothing on a task, what it does there decides nothing. The
+    middle rate where it does about as well as the best. None before every task that has been searched at all has all of
+    the method's rates, and LoRA's.
     """
     tried = rates(method)
     scores = dict.fromkeys(tried, 0.0)
