@@ -9,7 +9,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import importlib
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -230,6 +233,20 @@ def logits(model: nn.Module) -> Tensor:
 def bits(tensor: Tensor) -> Tensor:
     """The tensor's bits, so that 0.0 and -0.0 differ."""
     return tensor.contiguous().view(torch.int16 if tensor.element_size() == 2 else torch.int32)
+
+
+def pefts(model: nn.Module, config: Any, directory: Path, size: float = 0.05) -> nn.Module:
+    """PEFT's own adapter on a dense model, moved off its start and saved."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = importlib.import_module("peft").get_peft_model(model, config).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * size)
+    theirs.save_pretrained(directory)
+    return theirs
 
 
 def lora(family: str = "llama", quant: str = "dense", tied: bool | None = None, **settings: object):

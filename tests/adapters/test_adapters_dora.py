@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from adapters_models import dense_twin, frozen, logits, loss, randomize
+from adapters_models import dense_twin, frozen, logits, loss, pefts, randomize
 
 from finetune.adapters.attach import attach
 from finetune.adapters.dora import DoRAConfig, DoRALinear
@@ -48,19 +47,24 @@ def test_stock_peft_gives_our_logits(family: str, quant: str, tmp_path: Path) ->
 
 def test_pefts_adapter_loads_here_and_goes_on(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"], "use_dora": True}
-        theirs = peft.get_peft_model(dense_twin("llama"), peft.LoraConfig(**settings)).eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    theirs.save_pretrained(tmp_path)
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"], "use_dora": True}
+    theirs = pefts(dense_twin("llama"), peft.LoraConfig(**settings), tmp_path)
     model = frozen("llama")
     attach(model, DoRAConfig(path=str(tmp_path)))
     assert (logits(model) - logits(theirs)).abs().max() <= BAR
+
+
+def layer() -> DoRALinear:
+    """A linear layer with DoRA that has moved off its start."""
+    torch.manual_seed(0)
+    base = QUANTIZERS.build(NF4Config(), 48, 64, bias=True, dtype=torch.float32, device=None)
+    base.store(torch.randn(48, 64))
+    base.bias.data.normal_()
+    module = DoRALinear(base, rank=4, scaling=2.0, dropout=0.0).train()
+    with torch.no_grad():
+        module.lora_B.weight.normal_(std=0.3)
+        module.lora_magnitude_vector.add_(torch.randn(48))
+    return module
 
 
 @pytest.mark.parametrize("config", [NF4Config(), Int8Config(), Int8gConfig(group_size=32)], ids=lambda c: c.name)
@@ -77,22 +81,15 @@ def test_norms_are_those_of_the_sum(config) -> None:
 
 
 def test_gradients_hold_the_norm_constant() -> None:
-    torch.manual_seed(0)
-    base = QUANTIZERS.build(NF4Config(), 48, 64, bias=True, dtype=torch.float32, device=None)
-    base.store(torch.randn(48, 64))
-    base.bias.data.normal_()
-    module = DoRALinear(base, rank=4, scaling=2.0, dropout=0.0).train()
-    with torch.no_grad():
-        module.lora_B.weight.normal_(std=0.3)
-        module.lora_magnitude_vector.add_(torch.randn(48))
+    module = layer()
     x = torch.randn(5, 64, requires_grad=True)
     grad = torch.randn(5, 48)
     module(x).backward(grad)
     leaves = [t.detach().double().requires_grad_() for t in
               (x, module.lora_A.weight, module.lora_B.weight, module.lora_magnitude_vector)]  # fmt: skip
     x64, a, b, m = leaves
-    w = base.dequantize(torch.float64) + 2 * b @ a
-    y = x64 @ (w * (m / w.detach().norm(dim=1))[:, None]).T + base.bias.double()
+    w = module.base.dequantize(torch.float64) + 2 * b @ a
+    y = x64 @ (w * (m / w.detach().norm(dim=1))[:, None]).T + module.base.bias.double()
     assert torch.allclose(module(x).double(), y, rtol=1e-5, atol=1e-5)
     y.backward(grad.double())
     mine = (x.grad, module.lora_A.weight.grad, module.lora_B.weight.grad, module.lora_magnitude_vector.grad)
@@ -141,14 +138,7 @@ def test_norms_follow_an_optimizer_that_leaves_no_trace() -> None:
 
 
 def test_compiled_it_computes_the_same() -> None:
-    torch.manual_seed(0)
-    base = QUANTIZERS.build(NF4Config(), 48, 64, bias=True, dtype=torch.float32, device=None)
-    base.store(torch.randn(48, 64))
-    base.bias.data.normal_()
-    module = DoRALinear(base, rank=4, scaling=2.0, dropout=0.0).train()
-    with torch.no_grad():
-        module.lora_B.weight.normal_(std=0.3)
-        module.lora_magnitude_vector.add_(torch.randn(48))
+    module = layer()
     found = []
     for call in (module, torch.compile(module, backend="aot_eager")):
         x = torch.linspace(-1, 1, 5 * 64).view(5, 64).requires_grad_()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from adapters_models import COMMON, DECODER, VOCABULARY, bits, dense_twin, frozen, ids, logits, randomize
+from adapters_models import COMMON, DECODER, VOCABULARY, bits, dense_twin, frozen, ids, logits, pefts, randomize
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -240,13 +240,7 @@ def test_pefts_adapters_load_here(case: str, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     family, tied, settings = THEIRS[case]
     twin = gemma() if family == "gemma" else dense_twin(family, tied=tied)
-    theirs = peft.get_peft_model(twin, peft.LoraConfig(r=4, lora_alpha=8, **settings)).eval()
-    with torch.no_grad():
-        generator = torch.Generator().manual_seed(1)
-        for parameter in theirs.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    theirs.save_pretrained(tmp_path)
+    theirs = pefts(twin, peft.LoraConfig(r=4, lora_alpha=8, **settings), tmp_path)
     model = gemma() if family == "gemma" else frozen(family, tied=tied)
     adapter = attach(model, LoRAConfig(path=str(tmp_path)))
     wanted = logits(theirs)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters_models import bits, dense_twin, frozen, logits, make, randomize, task_of
+from adapters_models import bits, dense_twin, frozen, logits, make, pefts, randomize, task_of
 
 from finetune.adapters.attach import attach
 from finetune.adapters.base import ADAPTERS
@@ -78,13 +78,7 @@ def test_stock_peft_gives_our_logits(family: str, method: str, tmp_path: Path) -
 def test_what_peft_saves_by_its_own_tables_is_read(family: str, kind: str, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     task = PEFT_TASKS[task_of(make(family))]
-    theirs = peft.get_peft_model(dense_twin(family, "nf4"), getattr(peft, kind)(task_type=task)).eval()
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    theirs.save_pretrained(tmp_path)
+    theirs = pefts(dense_twin(family, "nf4"), getattr(peft, kind)(task_type=task), tmp_path)
     model = frozen(family, "nf4")
     config = {"LoraConfig": LoRAConfig, "IA3Config": IA3Config}[kind](path=str(tmp_path))
     adapter = attach(model, config)

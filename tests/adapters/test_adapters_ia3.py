@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from adapters_models import dense_twin, frozen, logits, randomize
+from adapters_models import dense_twin, frozen, logits, pefts, randomize
 
 from finetune.adapters.attach import attach
 from finetune.adapters.ia3 import IA3Config
@@ -64,15 +63,7 @@ THEIRS = {
 def test_pefts_adapters_load_here(case: str, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     family, settings = THEIRS[case]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        theirs = peft.get_peft_model(dense_twin(family), peft.IA3Config(**settings)).eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    theirs.save_pretrained(tmp_path)
+    theirs = pefts(dense_twin(family), peft.IA3Config(**settings), tmp_path, size=0.2)
     model = frozen(family)
     adapter = attach(model, IA3Config(path=str(tmp_path)))
     assert (logits(model) - logits(theirs)).abs().max() <= BAR

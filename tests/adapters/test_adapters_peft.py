@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from adapters_models import dense_twin, frozen, logits, lora
+from adapters_models import dense_twin, frozen, logits, lora, pefts
 from safetensors.torch import load_file
 
 from finetune.adapters.attach import attach
@@ -104,13 +104,7 @@ THEIRS = {
 @pytest.mark.parametrize("case", THEIRS)
 def test_pefts_adapters_load_here(case: str, tmp_path: Path) -> None:
     family, settings = THEIRS[case]
-    theirs = peft.get_peft_model(dense_twin(family), peft.LoraConfig(**settings)).eval()
-    with torch.no_grad():
-        generator = torch.Generator().manual_seed(1)
-        for parameter in theirs.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    theirs.save_pretrained(tmp_path)
+    theirs = pefts(dense_twin(family), peft.LoraConfig(**settings), tmp_path)
     model = frozen(family)
     adapter = attach(model, LoRAConfig(path=str(tmp_path)))
     wanted = logits(theirs)

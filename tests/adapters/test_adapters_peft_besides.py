@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapters_models import bits, dense_twin, frozen, ids, logits, task_of
+from adapters_models import bits, dense_twin, frozen, ids, logits, pefts, task_of
 from safetensors.torch import load_file, save_file
 
 from finetune.adapters.attach import attach
@@ -54,15 +54,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 def theirs(family: str, settings: dict[str, Any], directory: Path, quant: str = "dense") -> torch.nn.Module:
     """PEFT's own adapter, moved off its start and saved."""
-    config = peft.LoraConfig(**{"r": 4, "lora_alpha": 8, **settings})
-    model = peft.get_peft_model(dense_twin(family, quant), config).eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    model.save_pretrained(directory)
-    return model
+    return pefts(dense_twin(family, quant), peft.LoraConfig(**{"r": 4, "lora_alpha": 8, **settings}), directory)
 
 
 def ours(family: str, settings: dict[str, Any], directory: Path, quant: str = "dense") -> Any:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from adapters_models import dense_twin, frozen, logits, randomize
+from adapters_models import dense_twin, frozen, logits, pefts, randomize
 
 from finetune.adapters.attach import attach
 from finetune.adapters.bitfit import BitFitConfig
@@ -96,15 +95,7 @@ def test_stock_peft_gives_our_logits(family: str, settings: dict, tmp_path: Path
 @pytest.mark.parametrize("targets", [None, ["input_layernorm"], r".*\.1\..*norm"], ids=["default", "list", "regex"])
 def test_pefts_adapters_load_here(targets: list[str] | str | None, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        theirs = peft.get_peft_model(dense_twin("llama"), peft.LNTuningConfig(target_modules=targets)).eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    theirs.save_pretrained(tmp_path)
+    theirs = pefts(dense_twin("llama"), peft.LNTuningConfig(target_modules=targets), tmp_path, size=0.2)
     model = frozen("llama")
     attach(model, NormTuningConfig(path=str(tmp_path)))
     assert (logits(model) - logits(theirs)).abs().max() <= BAR

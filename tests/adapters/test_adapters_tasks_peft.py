@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from adapters_models import bits, dense_twin, frozen, logits, randomize
+from adapters_models import bits, dense_twin, frozen, logits, pefts, randomize
 from safetensors.torch import load_file, save_file
 
 from finetune.adapters import peft_format
@@ -64,14 +64,7 @@ def test_a_model_without_any_head_gives_features() -> None:
 
 def theirs(family: str, config: Any, directory: Path) -> torch.nn.Module:
     """PEFT's own adapter, moved off its start and saved."""
-    model = peft.get_peft_model(dense_twin(family), config).eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    model.save_pretrained(directory)
-    return model
+    return pefts(dense_twin(family), config, directory)
 
 
 def of_theirs(method: str, family: str) -> tuple[Any, type[AdapterConfig]]:
