@@ -39,7 +39,7 @@ from finetune.quantize.write import Stored
 from finetune.structure import inspect
 from finetune.structure.base import Structure
 
-FREE = ("output", "max_shard_gb", "device", "model.path", "model.revision", "model.fused")
+FREE = ("output", "max_shard_gb", "device", "model.path", "model.revision")
 """Settings that a run may go on with changed: what is done does not depend on them, or is compared by digests."""
 
 
