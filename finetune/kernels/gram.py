@@ -20,17 +20,15 @@ PANEL = 256
 def add_gram_(sum_II: Tensor, x_NI: Tensor) -> None:
     """Add x^T x, on and right of the diagonal blocks of `PANEL`; what is left of them stays as it is.
 
-    Where the compiled kernels serve, bf16 inputs are multiplied as they are, and float32 ones as sums of two bf16
-    numbers, within 2^-16 of each product; sums are float32 either way.
+    Products and sums are float32; the compiled kernel, which takes bf16 inputs alone, sums in another order.
 
     Args:
         sum_II: float32.
         x_NI: in any float dtype, on the same device.
     """
-    library = _library() if x_NI.device.type == "cpu" and x_NI.dtype in (torch.float32, torch.bfloat16) else None
+    library = _library() if x_NI.device.type == "cpu" and x_NI.dtype == torch.bfloat16 else None
     x_NI = x_NI.detach().contiguous()
-    rows, width = x_NI.shape
-    arguments = (x_NI.data_ptr(), native.DTYPES.get(x_NI.dtype), rows, width, sum_II.data_ptr(), native.threads())
+    arguments = (x_NI.data_ptr(), *x_NI.shape, sum_II.data_ptr(), native.threads())
     if library is None or not library.ft_gram(*arguments):
         reference(sum_II, x_NI)
 
@@ -56,6 +54,6 @@ def _library() -> ctypes.CDLL | None:
     found = native.library()
     if found is not None:
         pointer, int64, int32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-        found.ft_gram.argtypes = [pointer, int32, int64, int64, pointer, int32]
+        found.ft_gram.argtypes = [pointer, int64, int64, pointer, int32]
         found.ft_gram.restype = ctypes.c_bool
     return found
