@@ -79,7 +79,11 @@ def test_a_whole_run(library: Path, tmp_path: Path) -> None:
 def test_methods_learn_as_on_the_cpu(quant: str, methods: list[str], library: Path, tmp_path: Path) -> None:
     told = [json.loads(line) for line in said("methods.py", library, tmp_path, quant, *methods) if line[:1] == "{"]
     assert [row["method"] for row in told] == methods
-    # Where inputs are rounded, another order of an attention's sums moves codes, and two steps of Adam what follows.
-    close = 1e-2 if quant in ("int8", "w8a8") else 1e-3
+    # After a step the CPU agrees no better than this with itself where inputs are rounded to 8 bits (the compiled
+    # kernels beside `FINETUNE_CPU=off`: 2e-3): one code that falls to the other side moves every later one.
+    stepped = 3e-3 if quant in ("int8", "w8a8") else 3e-5
     for row in told:
-        assert row["there"] == pytest.approx(row["here"], rel=close), row["method"]
+        for what, there in row["there"].items():
+            here = row["here"][what]
+            assert there[:1] == pytest.approx(here[:1], rel=1e-5), (row["method"], what)
+            assert there[1:] == pytest.approx(here[1:], rel=stepped), (row["method"], what)
