@@ -22,34 +22,15 @@ _PUBLIC = {
     "Adapters": "finetune.api",
     "train": "finetune.api",
     "export": "finetune.api",
-    "NF4Config": "finetune.quant.nf4",
-    "FP4Config": "finetune.quant.fp4",
-    "DenseConfig": "finetune.quant.dense",
-    "Int8Config": "finetune.quant.int8_storage",
-    "Int8gConfig": "finetune.quant.affine",
-    "Int4Config": "finetune.quant.affine",
-    "Int3Config": "finetune.quant.affine",
-    "Int2Config": "finetune.quant.affine",
-    "Q4_0Config": "finetune.quant.ggml",
-    "Q4_1Config": "finetune.quant.ggml",
-    "Q5_0Config": "finetune.quant.ggml",
-    "Q5_1Config": "finetune.quant.ggml",
-    "Q8_0Config": "finetune.quant.ggml",
-    "LoRAConfig": "finetune.adapters.lora",
-    "LoRAPlusConfig": "finetune.adapters.lora_plus",
-    "DoRAConfig": "finetune.adapters.dora",
-    "IA3Config": "finetune.adapters.ia3",
-    "BitFitConfig": "finetune.adapters.bitfit",
-    "NormTuningConfig": "finetune.adapters.norm_tuning",
-    "HoulsbyConfig": "finetune.adapters.houlsby",
-    "StackConfig": "finetune.adapters.stack",
-    "PfeifferConfig": "finetune.adapters.pfeiffer",
     "DataConfig": "finetune.data.config",
+    "ModelConfig": "finetune.model.config",
     "Task": "finetune.model.task",
     "TrainConfig": "finetune.training.config",
     "UserError": "finetune.errors",
 }
 __all__ = sorted(_PUBLIC)
+_REGISTRIES = {"ADAPTERS": "finetune.adapters.base", "QUANTIZERS": "finetune.quant.base"}
+"""Whose config types are found here too, plug-ins' as well: `finetune.PrefixConfig`, `finetune.Int4Config`."""
 
 
 class _Package(types.ModuleType):
@@ -66,14 +47,21 @@ class _Package(types.ModuleType):
         """What the import system binds stays reachable as `sys.modules["finetune.export"]`."""
 
 
+def _configs() -> dict[str, type]:
+    registries = (getattr(importlib.import_module(module), name) for name, module in _REGISTRIES.items())
+    return {config.__name__: config for registry in registries for config in registry.types().values()}
+
+
 def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'finetune' has no attribute {name!r}")
-    return getattr(importlib.import_module(_PUBLIC[name]), name)
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    if name.endswith("Config") and name in (configs := _configs()):
+        return configs[name]
+    raise AttributeError(f"module 'finetune' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return sorted({*_PUBLIC, *_configs()})
 
 
 sys.modules[__name__].__class__ = _Package

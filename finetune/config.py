@@ -117,7 +117,7 @@ def register_schemas() -> None:
         for group, registry in (GROUPS | VERB_GROUPS).items()
         for name, config_type in registry.types().items()
     ]
-    if choices == _REGISTERED:  # a tenth of the time that a mistake takes to be told
+    if choices == _REGISTERED:  # to do it again takes long enough to be felt
         return
     _REGISTERED[:] = choices
     store = ConfigStore.instance()

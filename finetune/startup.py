@@ -29,7 +29,7 @@ def importing() -> Iterator[None]:
 
 
 def leave(code: int) -> NoReturn:
-    """Exit without freeing what was imported, object by object, which takes 0.7 s of what a mistake takes to be told.
+    """Exit without freeing what was imported, object by object, for which somebody who mistyped would wait.
 
     For a process that has started nothing yet: no handler of `atexit` runs.
     """
