@@ -47,7 +47,7 @@ def test_every_method_gets_the_same_search() -> None:
     names = grid.methods()
     assert set(names) | set(grid.LEFT_OUT) == {*ADAPTERS.types(), grid.PEFT}
     jobs = grid.searches("e2e", names)
-    assert len({grid.key(job) for job in jobs}) == len(jobs) == 3 * len(names)
+    assert len({grid.key(job) for job in jobs}) == len(jobs) == 3 * len(names) * len(grid.SEARCH_SEEDS["e2e"])
     assert {job["steps"] for job in jobs} == {grid.SEARCHED["e2e"]}
     assert all(low < middle < high for low, middle, high in grid.RATES.values())
 
@@ -64,10 +64,15 @@ def test_a_rate_is_chosen_over_all_tasks_searched() -> None:
     assert grid.choose("lora", e2e[:2]) is None
     assert grid.choose("lora", [row(low, 1.0), row(middle, 1.96), row(high, 2.0)]) == middle, "one seed tells no more"
     assert grid.choose("lora", [row(low, 1.0), row(middle, 1.9), row(high, 2.0)]) == high
-    sst2 = [row(low, 0.0, "sst2"), row(middle, 0.1, "sst2"), row(high, 0.4, "sst2")]
+    sst2 = [
+        row(rate, fall, "sst2", seed=seed) for seed in (0, 1) for rate, fall in ((low, 0), (middle, 0.1), (high, 0.4))
+    ]
     assert grid.choose("lora", [*e2e, *sst2]) == high
-    assert grid.choose("lora", [*e2e, *sst2[:2]]) is None
-    assert grid.choose("lora", [*e2e, *sst2[:2], row(high, 0.4, "sst2", diverged="the loss is not finite")]) == middle
+    assert grid.choose("lora", [*e2e, *sst2[:-1]]) is None
+    assert grid.choose("lora", [*e2e, *sst2[:-1], row(high, 0.0, "sst2", seed=1)]) == high, (
+        "the mean still is the highest"
+    )
+    assert grid.choose("lora", [*e2e, *sst2[:-1], row(high, 0.4, "sst2", seed=1, diverged="not finite")]) == middle
 
 
 def test_missing_rows_are_said_to_be_missing() -> None:

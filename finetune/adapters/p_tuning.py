@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from finetune.adapters.base import ADAPTERS
 from finetune.adapters.input import PromptEncoder, size
-from finetune.adapters.prompt_start import StartConfig
+from finetune.adapters.prompt_start import LargeStartConfig
 from finetune.adapters.saved_prompt import SavedPromptAdapter, agreed
 from finetune.errors import ConfigError, nearest
 
@@ -32,7 +32,7 @@ WIDTH = 256
 
 
 @dataclass
-class PTuningConfig(StartConfig):
+class PTuningConfig(LargeStartConfig):
     """P-tuning v1.
 
     With `path`, the saved adapter decides prefix_length and train_also, and its virtual tokens train without a network.
@@ -49,9 +49,9 @@ class PTuningConfig(StartConfig):
     """
 
     name: str = "p_tuning"
-    learning_rate: float = 0.004
+    learning_rate: float = 0.0005
     prefix_length: int = 100
-    ratio: float = 50.0
+    ratio: float = 200.0
     encoder: str = "lstm"
     encoder_hidden_size: int | None = None
     encoder_layers: int = 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, ClassVar
@@ -14,6 +15,9 @@ from finetune.errors import ConfigError, nearest
 
 COMMON = 100
 """Words that are drawn from. Lester et al. 2021 (section 3.2) draw from the 5,000 most common tokens."""
+LARGE = 50.0
+"""How many times as large drawn words are made. What blocks add to a hidden state is tens of times as large as an
+embedding; a token that is as large as that stays, in every layer, what it learns to be."""
 
 
 @dataclass
@@ -99,6 +103,33 @@ class StartConfig(DrawnConfig):
             raise ConfigError("adapter.init=text needs a tokenizer: call config.read_tokenizer(tokenizer) first")
         repeats = -(-self.prefix_length // len(self.text_ids))
         return torch.tensor((self.text_ids * repeats)[: self.prefix_length], device="cpu")
+
+
+@dataclass
+class LargeStartConfig(StartConfig):
+    """An adapter of virtual tokens that go through the layers beside the text.
+
+    Attributes:
+        start_scale: they start so many times as large as embeddings of tokens; null for 50, of a text for 1: it then
+            says what it says. Noise is as large as torch draws it.
+    """
+
+    start_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.start_scale is None:
+            return
+        if self.init == "random":
+            raise ConfigError(f"adapter.start_scale is {self.start_scale} and adapter.init random: expected null")
+        if not (self.start_scale > 0 and math.isfinite(self.start_scale)):
+            raise ConfigError(f"adapter.start_scale is {self.start_scale}: expected more than 0, or null")
+
+    def scale_of_start(self) -> float:
+        """What embeddings of tokens are multiplied by."""
+        if self.start_scale is not None:
+            return self.start_scale
+        return LARGE if self.init == "vocabulary" else 1.0
 
 
 def common_words(tokenizer: Any) -> list[int]:

@@ -16,7 +16,7 @@ from torch import nn
 
 from finetune.adapters.base import ADAPTERS
 from finetune.adapters.input import Materialised, PromptEncoder
-from finetune.adapters.prompt_start import StartConfig
+from finetune.adapters.prompt_start import LargeStartConfig
 from finetune.adapters.saved_prompt import SavedPromptAdapter, agreed
 
 METHOD = "PROMPT_TUNING"
@@ -24,7 +24,7 @@ METHOD = "PROMPT_TUNING"
 
 
 @dataclass
-class PromptTuningConfig(StartConfig):
+class PromptTuningConfig(LargeStartConfig):
     """Prompt tuning.
 
     With `path`, the saved adapter decides prefix_length and train_also. The default length is the paper's.
@@ -32,7 +32,7 @@ class PromptTuningConfig(StartConfig):
 
     name: str = "prompt_tuning"
     prefix_length: int = 100
-    learning_rate: float = 0.2
+    learning_rate: float = 0.1
 
     def check_saved(self, directory: Path) -> None:
         """Refuse another method, settings that we do not compute, and another length than set here."""

@@ -17,7 +17,7 @@ from finetune.adapters import peft_prompts
 from finetune.adapters.full_copy import resolve_modules
 from finetune.adapters.input import EMBEDDINGS, InputConfig
 from finetune.adapters.inserted import InsertedAdapter
-from finetune.adapters.prompt_start import StartConfig
+from finetune.adapters.prompt_start import LargeStartConfig
 from finetune.errors import ConfigError, ModelError
 from finetune.structure import inspect as inspect_model
 
@@ -40,16 +40,18 @@ class SavedPromptAdapter(InsertedAdapter):
         return self.config.prefix_length, self.width
 
     @torch.no_grad()
-    def token_start(self, config: StartConfig) -> Tensor | None:
-        """[L, H], float32 on the CPU: embeddings of tokens (scaled, where the module scales), as PEFT has them.
-
-        None for a random start.
+    def token_start(self, config: LargeStartConfig) -> Tensor | None:
+        """[L, H], float32 on the CPU: embeddings of tokens (scaled, where the module scales), as PEFT has them, and
+        scaled as configured. None for a random start.
         """
         embedding: Any = self.embedding()
         if embedding.weight.is_meta:
             return torch.empty(self.saved_shape())
         ids_L = config.start_ids(embedding.weight.shape[0])
-        return None if ids_L is None else embedding(ids_L.to(embedding.weight.device)).float().cpu()
+        if ids_L is None:
+            return None
+        start_LH: Tensor = embedding(ids_L.to(embedding.weight.device)).float().cpu()
+        return start_LH * config.scale_of_start()
 
     def written(self, **more: Any) -> dict[str, Any]:
         """adapter_config.json as stock PEFT reads it."""

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from finetune.adapters.attach import attach
 from finetune.adapters.p_tuning import PTuningConfig
 from finetune.adapters.prelayer import PreLayerConfig
-from finetune.adapters.prompt_start import COMMON, common_words
+from finetune.adapters.prompt_start import COMMON, LARGE, common_words
 from finetune.adapters.prompt_tuning import PromptTuningConfig
 from finetune.assets import EMBEDDED
 from finetune.errors import ConfigError, UserError
@@ -124,8 +124,24 @@ def test_a_start_from_the_vocabulary_is_drawn_by_the_seed() -> None:
         starts.append(attach(frozen("llama"), PromptTuningConfig(prefix_length=L)).encoder().detach())
     assert torch.equal(starts[0], starts[1])
     assert not torch.equal(starts[0], starts[2])
-    rows = frozen("llama").get_input_embeddings().weight
+    rows = LARGE * frozen("llama").get_input_embeddings().weight
     assert all(any(torch.equal(row, other) for other in rows) for row in starts[0])
+
+
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PTuningConfig])
+def test_a_start_is_as_large_as_is_asked(kind: Any) -> None:
+    """Drawn words are large, a text says what it says."""
+
+    def start(**settings: Any) -> Tensor:
+        torch.manual_seed(0)
+        config = kind(prefix_length=L, **settings)
+        config.read_tokenizer(Letters())
+        return attach(frozen("llama"), config).encoder().detach()
+
+    words, text = start(start_scale=1.0), start(init="text", init_text="abcde")
+    assert torch.equal(start(), LARGE * words) and torch.equal(start(start_scale=3.0), 3 * words)
+    assert torch.equal(text, start(init="text", init_text="abcde", start_scale=1.0))
+    assert torch.equal(2 * text, start(init="text", init_text="abcde", start_scale=2.0))
 
 
 def test_a_start_from_the_vocabulary_is_of_its_common_words() -> None:
@@ -149,6 +165,9 @@ def test_the_common_words_of_a_real_tokenizer() -> None:
         (lambda: PromptTuningConfig(prefix_length=0), "adapter.prefix_length is 0"),
         (lambda: PromptTuningConfig(init="vocab"), "did you mean 'vocabulary'"),
         (lambda: PromptTuningConfig(init="text"), "expected init=text with a text, or neither"),
+        (lambda: PromptTuningConfig(start_scale=0.0), "start_scale is 0.0: expected more than 0, or null"),
+        (lambda: PTuningConfig(start_scale=float("inf")), "start_scale is inf: expected more than 0, or null"),
+        (lambda: PTuningConfig(init="random", start_scale=2.0), "start_scale is 2.0 and adapter.init random"),
         (lambda: PreLayerConfig(init_text="a"), "expected init=text with a text, or neither"),
         (lambda: PTuningConfig(encoder="gru"), "adapter.encoder is 'gru': expected lstm | mlp"),
         (lambda: PTuningConfig(encoder_hidden_size=0), "encoder_hidden_size is 0"),
@@ -221,7 +240,7 @@ def test_p_tuning_starts_as_the_tokens_that_its_network_is_added_to() -> None:
     adapter = attach(model, PTuningConfig(prefix_length=L, ratio=8.0))
     encoder = adapter.encoder
     assert torch.equal(encoder(), encoder.start)  # the network gives nothing yet
-    rows = model.get_input_embeddings().weight
+    rows = LARGE * model.get_input_embeddings().weight
     assert all(bool((rows == row).all(-1).any()) for row in encoder.start)
     scales, size = adapter.learning_rate_scales(), float(encoder.start.detach().square().mean().sqrt())
     assert scales["prompt_encoder.start"] == 8.0 * size
