@@ -37,8 +37,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "W8A8 O2 (tensor, tensor)": TENSOR,
     "W8A8 O3 (tensor, static)": TENSOR | {"static": True},
 }
-PAPER = "LLM.int8(), weights of outliers in 16 bits"
-"""As the paper has it. bitsandbytes, and we, multiply outliers by weights that were rounded to int8 like all others."""
 STATIC: dict[str, dict[str, Any]] = {
     "w8a8": TENSOR | {"static": True},
     "w6a6": {"activations": "tensor", "static": True},
@@ -73,7 +71,7 @@ def main() -> None:
     reference, batches = Reference(model, text.eval[:EVAL]), batches_of(text.calibration)
     methods: dict[str, tuple[Any, Any]] = {
         "LLM.int8()": (Int8Config(), None),
-        PAPER: (Int8Config(), None),
+        "LLM.int8(), keep_columns=null": (Int8Config(keep_columns=None), None),
         "LLM.int8(), smoothed": (Int8Config(), SmoothQuant),
     }
     for ending, transform in (("", None), (", smoothed", SmoothQuant)):
@@ -98,8 +96,6 @@ def main() -> None:
             twin = copy.deepcopy(injected)
             seen = batches if transform or quant.needs_inputs else []
             Driver(twin, inspect(twin), quant, RTN(), seen, transform=transform() if transform else None).go()
-            if name == PAPER:
-                keep_outlier_weights(twin, injected)
             row = {"gain": gain, "method": name, "logit_change": change, **reference.compare(twin)}
             rows = sorted([*tables.read(RESULT), row], key=lambda each: order.index((each["gain"], each["method"])))
             print(f"x{gain:<3} {name:<36} perplexity {row['perplexity']:.3f} KL {row['kl_mean']:.5f}", flush=True)
@@ -126,27 +122,6 @@ def inject(model: Any, gain: float, batch: dict[str, Any]) -> None:
                 by_I = torch.ones(len(scaling.rows_I))
                 by_I[torch.randperm(len(by_I), generator=generator)[:CHANNELS]] = 1 / gain
                 fold(model, scaling, by_I)
-
-
-def keep_outlier_weights(model: Any, dense: Any) -> None:
-    """Have each layer multiply the inputs of outlier columns by the weights that they had before rounding."""
-    import torch
-
-    from finetune.kernels.int8 import quantize_rows
-    from finetune.quant.int8 import Int8Linear
-
-    def corrected(lost_OI: Any, threshold: float) -> Any:
-        def hook(_module: Any, inputs: tuple[Any, ...], y_BO: Any) -> Any:
-            x_MI = inputs[0].reshape(-1, inputs[0].shape[-1])
-            outlier_I = quantize_rows(x_MI, threshold).outlier_I
-            return y_BO + torch.where(outlier_I, inputs[0], 0) @ lost_OI.T
-
-        return hook
-
-    for name, module in model.named_modules():
-        if isinstance(module, Int8Linear):
-            w_OI = dense.get_submodule(name).weight.detach().to(torch.float16).float()
-            module.register_forward_hook(corrected(w_OI - module.dequantize(torch.float32), module.threshold))
 
 
 def made(rows: list[dict[str, Any]]) -> str:

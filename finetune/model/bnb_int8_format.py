@@ -16,7 +16,7 @@ from finetune.errors import ModelError
 from finetune.model.headers import StoredTensor
 from finetune.model.stored_format import Held, StoredFormat
 from finetune.quant.base import QuantConfig
-from finetune.quant.int8_storage import Int8Config
+from finetune.quant.int8_storage import COLUMNS, REMAINDER, Int8Config
 
 
 class BnbInt8(StoredFormat):
@@ -25,7 +25,7 @@ class BnbInt8(StoredFormat):
     mark = "SCB"
     methods = ("bitsandbytes", "finetune")
     derived = False
-    companions = ("weight_format", "SCB")
+    companions = ("weight_format", "SCB", COLUMNS, REMAINDER)
 
     def disguise(self, weight: StoredTensor) -> torch.dtype:
         return torch.int8

@@ -10,6 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from finetune.kernels import int8
+from finetune.kernels.columns import columns_part, with_columns
 from finetune.kernels.operand import Operand
 from finetune.quant.base import QUANTIZERS
 from finetune.quant.int8_storage import Int8, Int8Config
@@ -20,10 +21,16 @@ class Int8Linear(PackedLinear, Int8):
     """A linear layer in int8; with a threshold its inputs are rounded to int8 too, all but outlier columns."""
 
     def forward(self, x_BI: Tensor) -> Tensor:
-        return int8.linear_int8(x_BI, self.bias, self.weight, self.SCB, self.threshold)
+        y_BO = int8.linear_int8(x_BI, self.bias, self.weight, self.SCB, self.threshold)
+        if self.columns is None or self.remainder is None:
+            return y_BO
+        return y_BO + columns_part(x_BI, self.columns, self.remainder)
 
     def operand(self) -> Operand:
-        return self.as_operand(self.weight, self.SCB, self.threshold)
+        stored = self.as_operand(self.weight, self.SCB, self.threshold)
+        if self.columns is None or self.remainder is None:
+            return stored
+        return with_columns(stored, self.columns, self.remainder)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, threshold={self.threshold:g}"

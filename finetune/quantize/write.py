@@ -24,6 +24,7 @@ from finetune.model import compressed_format
 from finetune.model.stored import quantization_config
 from finetune.quant.affine import AffineLinear
 from finetune.quant.base import QuantConfig
+from finetune.quant.int8_storage import COLUMNS
 from finetune.quant.packed import PackedExperts, PackedLinear, PackedWeight
 from finetune.quant.w8a8_storage import IntegerConfig
 from finetune.structure.base import Structure
@@ -73,7 +74,8 @@ def write(
         for name in stock.names
         for each in (stored or {}).get(name) or stock_tensors(model, stock, name, source.dtype, in_public)
     )
-    write_weights(source, stock, tensors, directory)
+    columns: list[int] = []
+    write_weights(source, stock, _counted(tensors, columns), directory)
     write_config(source, directory, untied=False, quantization_config=told)
     write_tokenizer(source, directory)
     if not packed:
@@ -82,10 +84,19 @@ def write(
     vllm = getattr(quant, "bits", 8) in compressed_format.PACKED_BITS  # it has no kernels for other integers
     if isinstance(quant, IntegerConfig):
         vllm = (quant.bits, quant.group_size) == (8, -1)
+    less = f" (less what is kept of {sum(columns)} columns)" if columns else ""
     return {
-        "bitsandbytes": "transformers + bitsandbytes, and finetune",
+        "bitsandbytes": f"transformers + bitsandbytes{less}, and finetune",
         compressed_format.METHOD: f"transformers{' or vLLM' if vllm else ''} with compressed-tensors, and finetune",
     }.get(str(method), "finetune alone: no public layout holds this storage")
+
+
+def _counted(tensors: Iterable[tuple[str, Tensor]], columns: list[int]) -> Iterator[tuple[str, Tensor]]:
+    """The same tensors; of each layer in int8 that keeps columns, how many go into the list."""
+    for key, tensor in tensors:
+        if key.endswith(f".{COLUMNS}"):
+            columns.append(len(tensor))
+        yield key, tensor
 
 
 def stock_tensors(
