@@ -1,11 +1,11 @@
 """The CPU kernels beside their rivals: `python scripts/bench_kernels.py` (`--quick` for a look, `--threads 2`).
 
-Decoding NF4, quantizing to it, and frozen linear layers in NF4, int8 and grouped integers, against bf16 nn.Linear,
-bitsandbytes and torchao; and what surrounds the products in a training step, against torch. Engines run in turn, each
-sample lasts some milliseconds, medians count; with one thread the CPU time of the process is measured (other work on
-the machine hardly touches it), with several wall time. Decoding is measured an engine a process, once with stock
-malloc, which maps outputs of 32 MiB and more anew each time, and once with pages recycled; so are the NF4 layers,
-since bitsandbytes decodes into such an output.
+Decoding NF4, quantizing to it, and frozen linear layers in NF4, int8, grouped integers and llama.cpp's blocks, against
+bf16 nn.Linear, bitsandbytes and torchao; and what surrounds the products in a training step, against torch. Engines run
+in turn, each sample lasts some milliseconds, medians count; with one thread the CPU time of the process is measured
+(other work on the machine hardly touches it), with several wall time. Decoding is measured an engine a process, once
+with stock malloc, which maps outputs of 32 MiB and more anew each time, and once with pages recycled; so are the NF4
+layers, since bitsandbytes decodes into such an output.
 
 `--isa avx512_bf16` measures all engines as on a CPU without AMX (and says so in the results). Rows go into
 benchmarks/results/kernels_cpu.json, where they replace those of the same instruction set, threads and section; as JSON
@@ -58,7 +58,7 @@ def jobs(sections: list[str], quick: bool) -> Iterator[Job]:
         yield "quantize", "stock", {}
     if "around" in sections:
         yield "around", "stock", {}
-    for family in ("nf4", "int8", "groups"):
+    for family in ("nf4", "int8", "groups", "blocks"):
         if family in sections:
             for pages in PAGES if family == "nf4" else ("stock",):
                 yield "linear", pages, {"family": family}
@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--isa", choices=ISAS, default="native")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
-        "--sections", default="dequantize,quantize,nf4,int8,groups,around", help="some of them, with commas"
+        "--sections", default="dequantize,quantize,nf4,int8,groups,blocks,around", help="some of them, with commas"
     )
     parser.add_argument("--rounds", type=int, default=7, help="samples of each engine")
     parser.add_argument("--seconds", type=float, default=0.02, help="a sample lasts at least")

@@ -205,6 +205,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "nf4": linear_table("nf4"),
     "int8": linear_table("int8"),
     "groups": linear_table("groups"),
+    "blocks": linear_table("blocks"),
     "around": around_table,
     "startup": startup,
     "others": others,

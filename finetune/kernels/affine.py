@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from finetune.kernels import cpu_integer, triton_backend
+from finetune.kernels import cpu_integer, cpu_stored, triton_backend
 from finetune.kernels.operand import register_format
 from finetune.kernels.pieces import row_parts
 from finetune.kernels.products import autocast, define_products, library
@@ -185,6 +185,6 @@ def _operand_gradient(grad_BO: Tensor, tensors: list[Tensor], settings: list[str
 
 
 register_format("affine", _operand_linear, _operand_gradient)
-cpu_integer.serve("affine", cpu_integer.affine, (reference_dequantize, *_products))
+cpu_stored.serve("affine", cpu_integer.affine, (reference_dequantize, *_products))
 for _operator in ("dequantize", "linear", "input_gradient"):
     triton_backend.register(f"{_operator}_affine", "triton_affine", _operator)

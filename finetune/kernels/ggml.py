@@ -28,6 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from finetune.kernels import cpu_ggml, cpu_stored
 from finetune.kernels.operand import register_format
 from finetune.kernels.pieces import row_parts
 from finetune.kernels.products import autocast, define_products, library
@@ -202,7 +203,14 @@ def _dequantize_fake(
     return blocks.new_empty(shape, dtype=dtype)
 
 
-define_products("ggml", _STORAGE)
+_products = define_products("ggml", _STORAGE)
+
+
+def _as_compiled(
+    blocks_OP: Tensor, places_OK: Tensor | None, values_OK: Tensor | None, kind: str, width: int
+) -> cpu_ggml.Blocks:
+    layout = LAYOUTS[kind]
+    return cpu_ggml.blocks(blocks_OP, places_OK, values_OK, (layout.bits, layout.least, layout.size), width)
 
 
 def _bytes(values_OG: Tensor) -> Tensor:
@@ -234,3 +242,4 @@ def _operand_gradient(grad_BO: Tensor, tensors: list[Tensor], settings: list[str
 
 
 register_format("ggml", _operand_linear, _operand_gradient)
+cpu_stored.serve("ggml", _as_compiled, (reference_dequantize, *_products))

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from finetune.kernels import cpu_int8, cpu_integer, triton_backend
+from finetune.kernels import cpu_int8, cpu_integer, cpu_stored, triton_backend
 from finetune.kernels.operand import register_format
 from finetune.kernels.products import autocast, define_products, library, owned
 
@@ -228,7 +228,7 @@ def _operand_gradient(grad_BO: Tensor, tensors: list[Tensor], settings: list[str
 
 
 register_format("int8", _operand_linear, _operand_gradient)
-cpu_integer.serve("int8", cpu_integer.int8, (reference_dequantize, *_products))
+cpu_stored.serve("int8", cpu_integer.int8, (reference_dequantize, *_products))
 cpu_int8.serve(reference_llm_int8, product, outlier_part)
 for _operator in ("dequantize", "linear", "input_gradient"):
     triton_backend.register(f"{_operator}_int8", "triton_int8", _operator)

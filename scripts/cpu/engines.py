@@ -53,8 +53,8 @@ def ours(name: str, **settings: object) -> Build:
 engine("finetune nf4")(ours("nf4"))
 engine("finetune int8")(ours("int8", threshold=0.0))
 engine("finetune llm.int8")(ours("int8", threshold=6.0))
-for _bits in ("int8g", "int4", "int3", "int2"):
-    engine(f"finetune {_bits}")(ours(_bits))
+for _name in ("int8g", "int4", "int3", "int2", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0"):
+    engine(f"finetune {_name}")(ours(_name))
 
 
 @engine("bitsandbytes nf4")

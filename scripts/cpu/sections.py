@@ -30,6 +30,7 @@ INT8 = [
     BASE, "finetune int8", "finetune llm.int8", "bitsandbytes int8", "bitsandbytes llm.int8", "torchao int8",
 ]  # fmt: skip
 GROUPS = [BASE, "finetune int8g", "finetune int4", "finetune int3", "finetune int2"]
+BLOCKS = [BASE, *(f"finetune {kind}" for kind in ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0"))]
 
 
 def weight(shape: tuple[int, int]) -> Tensor:
@@ -97,8 +98,8 @@ def quantize(options: Namespace, emit: Emit) -> None:
 
 def linear(options: Namespace, emit: Emit) -> None:
     """A frozen linear layer in inference, and forward plus gradient of the input."""
-    names = {"nf4": NF4, "int8": INT8, "groups": GROUPS}[options.family]
-    rows = {"nf4": FEW, "int8": (1, 8, 64, 512, 1024), "groups": (1, 8, 512)}[options.family]
+    names = {"nf4": NF4, "int8": INT8, "groups": GROUPS, "blocks": BLOCKS}[options.family]
+    rows = {"nf4": FEW, "int8": (1, 8, 64, 512, 1024)}.get(options.family, (1, 8, 512))
     if options.quick:
         rows = tuple(count for count in rows if count in (1, 8, 512))
     w_OI = weight(LINEAR)

@@ -105,6 +105,21 @@ def affine(random: Random) -> None:
     multiply(lambda x, bias: ops.linear_affine(x, bias, *stored, out), rows, out, width, random.random() < 0.5)
 
 
+def ggml(random: Random) -> None:
+    from finetune.kernels import ggml as ops
+
+    out, width, rows = size(random, 130), size(random, 700), random.choice([1, 2, 5, 8, 17, 33])
+    kind, aside = random.choice(list(ops.LAYOUTS)), random.choice([0, 0, 1, 8])
+    groups = ops.blocks(width)
+    blocks = torch.randint(0, 256, (out, ops.packed_width(width, kind)), dtype=torch.uint8)
+    places = torch.randint(0, ops.BLOCK, (out, groups * aside), dtype=torch.uint8) if aside else None
+    values = None if places is None else tensor(out, groups * aside, dtype=torch.float16)
+    for dtype in DTYPES:
+        ops.dequantize_ggml(blocks, places, values, kind, [out, width], dtype)
+    stored = blocks, places, values, kind
+    multiply(lambda x, bias: ops.linear_ggml(x, bias, *stored, out), rows, out, width, random.random() < 0.5)
+
+
 def between_products(random: Random) -> None:
     from finetune.kernels import fused
 
@@ -153,7 +168,7 @@ def gram(random: Random) -> None:
     ops.add_gram_(torch.zeros(width, width), tensor(size(random, 1100), width, dtype=torch.bfloat16))
 
 
-FAMILIES = (codebook4, dense, int8, affine, dropout, between_products, cross_entropy, lengths, gram)
+FAMILIES = (codebook4, dense, int8, affine, ggml, dropout, between_products, cross_entropy, lengths, gram)
 
 
 def main(library: str, rounds: int) -> None:

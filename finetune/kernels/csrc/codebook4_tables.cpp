@@ -1,26 +1,9 @@
 // The values of a block by code: the codebook's 16 entries times absmax, rounded to 16 bits once for the whole block.
 #include "codebook4.h"
+#include "half.h"
 
 namespace finetune {
 namespace {
-
-uint16_t to_f16(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  uint32_t sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
-  if (magnitude >= 0x47800000u) {  // 2^16 and more, infinity, NaN
-    return static_cast<uint16_t>(sign | (magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u));
-  }
-  if (magnitude < 0x38800000u) {  // below 2^-14: what 0.5 is added to ends in units of 2^-24, rounded to even
-    float absolute;
-    std::memcpy(&absolute, &magnitude, 4);
-    absolute += 0.5f;
-    std::memcpy(&magnitude, &absolute, 4);
-    return static_cast<uint16_t>(sign | (magnitude - 0x3f000000u));
-  }
-  magnitude += 0xfffu + (magnitude >> 13 & 1u);
-  return static_cast<uint16_t>(sign | ((magnitude - 0x38000000u) >> 13));
-}
 
 void scale_tables_scalar(const float* table, const float* scales, int blocks, DType dtype, Table* tables) {
   for (int b = 0; b < blocks; ++b)

@@ -3,7 +3,7 @@
 // Shape legend: O out features (rows), I in features, G groups of a row, P packed bytes of a row.
 #pragma once
 
-#include "native.h"
+#include "half.h"
 
 namespace finetune {
 
@@ -28,22 +28,6 @@ struct Step {
   float scale, zero;
   bool real;
 };
-
-inline float from_f16(f16 half) {
-  uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16, rest = half & 0x7fffu, bits;
-  if (rest >= 0x7c00u) {
-    bits = sign | 0x7f800000u | (rest & 0x3ffu) << 13;
-  } else if (rest >= 0x400u) {
-    bits = sign | ((rest << 13) + (112u << 23));
-  } else {
-    float small = static_cast<float>(rest) * 5.9604644775390625e-8f;  // 2^-24
-    std::memcpy(&bits, &small, 4);
-    bits |= sign;
-  }
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
 
 inline Step step_of(const Integer& w, int64_t row, int64_t group) {
   int64_t at = row * w.groups + group;

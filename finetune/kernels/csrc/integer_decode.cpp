@@ -35,29 +35,6 @@ inline uint32_t code_at(const Integer& w, const uint8_t* codes, int64_t column) 
   return byte >> shift & ((1u << w.bits) - 1);
 }
 
-f16 to_f16(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  uint32_t sign = bits >> 16 & 0x8000u, size = bits & 0x7fffffffu;
-  if (size >= 0x47800000u) return static_cast<f16>(sign | (size > 0x7f800000u ? 0x7e00u : 0x7c00u));
-  if (size < 0x38800000u) {  // below 2^-14: the sum's last bits are the subnormal's
-    float magnitude;
-    std::memcpy(&magnitude, &size, 4);
-    magnitude += 0.5f;
-    std::memcpy(&size, &magnitude, 4);
-    return static_cast<f16>(sign | (size - 0x3f000000u));
-  }
-  size += 0xfffu + (size >> 13 & 1u);
-  return static_cast<f16>(sign | ((size - 0x38000000u) >> 13));
-}
-
-void put(float value, DType type, void* out, int64_t at) {
-  if (type == F32)
-    static_cast<float*>(out)[at] = value;
-  else
-    static_cast<uint16_t*>(out)[at] = type == BF16 ? to_bf16(value) : to_f16(value);
-}
-
 void decode_scalar(const Integer& w, int64_t row, int64_t column, int64_t columns, DType type, void* out) {
   const uint8_t* codes = w.codes + row * w.bytes;
   for (Span span(w, column, columns); span.next();) {
@@ -96,14 +73,6 @@ struct Spread {
 const Spread& spread_of(int bits) {
   static const Spread two(2), three(3), four(4);
   return bits == 2 ? two : bits == 3 ? three : four;
-}
-
-FT_TARGET_AVX512 inline __m256i round16(__m512 x, DType type) {
-  if (type == F16) return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  __m512i bits = _mm512_castps_si512(x);
-  __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  __m512i sum = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(sum, 16));
 }
 
 FT_TARGET_AVX512 inline __m512 values(__m512 codes, const Step& step) {
