@@ -50,7 +50,7 @@ class ParallelConfig(BottleneckConfig):
     structural: ClassVar[tuple[str, ...]] = (*STRUCTURAL, "scale")
 
     name: str = "parallel"
-    learning_rate: float = 0.004
+    learning_rate: float = 0.002
     activation: str = "relu"
     scale: float = 4.0
 
