@@ -1,4 +1,4 @@
-"""Weights in integer codes as the compiled kernels take them: those of kernels/affine.py and of kernels/int8.py.
+"""Weights in integer codes as the compiled kernels take them: those of kernels/affine.py, int8.py and w8a8.py.
 
 Shape suffixes: O out features, I in features, G groups of a row, P packed bytes of a row.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from finetune.kernels import native
 
-MIDDLE, INTEGER, REAL, SIGNED = range(4)
+MIDDLE, INTEGER, REAL, SIGNED, PLAIN = range(5)
 """Kinds of zero points, as csrc/integer.h numbers them."""
 
 _pointer, _int32, _int64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
@@ -61,6 +61,12 @@ def affine(codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_s
 def int8(codes: Tensor, absmax: Tensor, width: int) -> Integer:
     """The stored tensors of kernels/int8.py as the library takes them."""
     return Integer.of(codes, absmax, None, width, 8, -1, SIGNED)
+
+
+def w8a8(codes: Tensor, scale: Tensor, width: int) -> Integer:
+    """The stored tensors of kernels/w8a8.py as the library takes them."""
+    groups = scale.shape[-1]
+    return Integer.of(codes, scale.expand(*codes.shape[:-1], groups), None, width, 8, width // groups, PLAIN)
 
 
 def encode_affine(

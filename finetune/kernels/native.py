@@ -19,7 +19,7 @@ from torch import Tensor
 LIBRARY = Path(__file__).with_name("_native.so")
 LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
 """What a CPU offers, in the order of csrc/native.h. `FINETUNE_CPU` names the highest to use, or `off`."""
-ABI = 5
+ABI = 6
 """Counts the versions of the library's interface, here and in csrc/native.cpp: raise both with any function that is
 new, gone or called otherwise, so that a library left over from another version is not called."""
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

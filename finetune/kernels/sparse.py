@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from finetune.kernels import affine
+from finetune.kernels import affine, cpu_sparse, cpu_stored
 from finetune.kernels.operand import register_format
 from finetune.kernels.pieces import row_parts
 from finetune.kernels.products import autocast, define_products, library
@@ -125,7 +125,11 @@ def _dequantize_fake(
     return places.new_empty(shape, dtype=dtype)
 
 
-define_products("sparse", _STORAGE)
+_products = define_products("sparse", _STORAGE)
+
+
+def _as_compiled(places: Tensor, values: Tensor, kept: int, group: int, width: int) -> cpu_sparse.Sparse:
+    return cpu_sparse.sparse(places, values, kept, group, PLACE_BITS.get(group, 0), width)
 
 
 def _shifts(device: torch.device) -> Tensor:
@@ -145,3 +149,4 @@ def _operand_gradient(grad_BO: Tensor, tensors: list[Tensor], settings: list[str
 
 
 register_format("sparse", _operand_linear, _operand_gradient)
+cpu_stored.serve("sparse", _as_compiled, (reference_dequantize, *_products))

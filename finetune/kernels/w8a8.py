@@ -21,7 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.kernels import int8  # noqa: F401 - defines finetune::int8_product
+from finetune.kernels import (
+    cpu_integer,
+    cpu_stored,
+    int8,  # noqa: F401 - defines finetune::int8_product
+)
 from finetune.kernels.operand import register_format
 from finetune.kernels.products import autocast, define_products, library, owned
 
@@ -124,9 +128,12 @@ library.define(
 )
 
 
-@torch.library.impl("finetune::dequantize_w8a8", "default")
-def _dequantize(codes: Tensor, scale: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
+def reference_dequantize(codes: Tensor, scale: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
+    """The operator in plain torch."""
     return decode(codes, scale).to(dtype).view(shape)
+
+
+torch.library.impl("finetune::dequantize_w8a8", "default")(reference_dequantize)
 
 
 @torch.library.register_fake("finetune::dequantize_w8a8")
@@ -134,7 +141,7 @@ def _dequantize_fake(codes: Tensor, scale: Tensor, shape: list[int], dtype: torc
     return codes.new_empty(shape, dtype=dtype)
 
 
-define_products("w8a8", _STORAGE)
+_products = define_products("w8a8", _STORAGE)
 
 
 @torch.library.impl("finetune::integer_linear_w8a8", "default")
@@ -197,3 +204,4 @@ def _operand_gradient(grad_BO: Tensor, tensors: list[Tensor], settings: list[str
 
 
 register_format("w8a8", _operand_linear, _operand_gradient)
+cpu_stored.serve("w8a8", cpu_integer.w8a8, (reference_dequantize, *_products))

@@ -120,6 +120,42 @@ def ggml(random: Random) -> None:
     multiply(lambda x, bias: ops.linear_ggml(x, bias, *stored, out), rows, out, width, random.random() < 0.5)
 
 
+def sparse(random: Random) -> None:
+    from finetune.kernels import sparse as ops
+
+    group = random.choice([0, 4, 8, 16])
+    out, rows, width = size(random, 130), random.choice([1, 2, 5, 8, 17, 33]), size(random, 700)
+    width += -width % (group or 1)
+    weight = tensor(out, width, dtype=random.choice(DTYPES))
+    if group:
+        kept = random.randint(1, group)
+        stored = *ops.compress_groups(weight, kept, group), kept, group
+    else:
+        mask = torch.rand(out, width) < random.random()
+        stored = ops.pack_mask(mask), weight[mask], 0, 0
+    for dtype in DTYPES:
+        ops.dequantize_sparse(*stored, [out, width], dtype)
+    multiply(lambda x, bias: ops.linear_sparse(x, bias, *stored, out), rows, out, width, random.random() < 0.5)
+
+
+def w8a8(random: Random) -> None:
+    from finetune.kernels import w8a8 as ops
+
+    groups = random.choice([1, 1, 3, 8])
+    out, width, rows = size(random, 130), groups * size(random, 90), random.choice([1, 2, 5, 17])
+    codes = torch.randint(-128, 128, (out, width), dtype=torch.int8)
+    scale = random.choice([torch.rand(1), torch.rand(out, groups)])
+    for dtype in DTYPES:
+        ops.dequantize_w8a8(codes, scale, [out, width], dtype)
+    multiply(
+        lambda x, bias: ops.integer_linear(x, bias, codes, scale, None, 8, True),
+        rows,
+        out,
+        width,
+        random.random() < 0.5,
+    )
+
+
 def between_products(random: Random) -> None:
     from finetune.kernels import fused
 
@@ -168,7 +204,7 @@ def gram(random: Random) -> None:
     ops.add_gram_(torch.zeros(width, width), tensor(size(random, 1100), width, dtype=torch.bfloat16))
 
 
-FAMILIES = (codebook4, dense, int8, affine, ggml, dropout, between_products, cross_entropy, lengths, gram)
+FAMILIES = (codebook4, dense, int8, affine, ggml, sparse, w8a8, dropout, between_products, cross_entropy, lengths, gram)
 
 
 def main(library: str, rounds: int) -> None:

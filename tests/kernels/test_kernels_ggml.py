@@ -9,6 +9,8 @@ from torch import Tensor
 from finetune.kernels import ggml, native
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SIZES = [(1, 48, 96, 0), (3, 33, 70, 2), (40, 130, 512, 1), (5, 40, 4160, 2)]
+"""Rows, outputs, inputs and weights kept aside of a product; the last is wider than what engines decode at a time."""
 
 
 def stored(kind: str, rows: int, width: int, aside: int, seed: int = 0) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -43,7 +45,7 @@ def test_decodes_to_the_bits_of_plain_torch(kind: str, rows: int, width: int, as
 
 @pytest.mark.parametrize("level", native.LEVELS)
 @pytest.mark.parametrize("kind", ggml.LAYOUTS)
-@pytest.mark.parametrize(("rows", "out", "width", "aside"), [(1, 48, 96, 0), (3, 33, 70, 2), (40, 130, 512, 1)])
+@pytest.mark.parametrize(("rows", "out", "width", "aside"), SIZES)
 def test_multiplies_by_what_it_decodes(kind: str, rows: int, out: int, width: int, aside: int, level: str) -> None:
     held = stored(kind, out, width, aside)
     for dtype, near in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float64, 1e-12)):

@@ -7,13 +7,13 @@
 
 namespace finetune {
 
-// A weight [O, I] in rows of codes; kernels/affine.py and kernels/int8.py say what they mean. A code q stands for
+// A weight [O, I] in rows of codes; kernels/affine.py, int8.py and w8a8.py say what they mean. A code q stands for
 // (q - zero) * scale, or for q * scale + zero where the zero point is real.
 struct Integer {
-  enum Zero : int32_t { MIDDLE = 0, INTEGER = 1, REAL = 2, SIGNED = 3 };
+  enum Zero : int32_t { MIDDLE = 0, INTEGER = 1, REAL = 2, SIGNED = 3, PLAIN = 4 };
   const uint8_t* codes;  // [O, P]
   const void* scale;     // [O, G] in scale_type; for SIGNED absmax [O], of which a 127th is the scale
-  const void* zero;      // uint8 or float32 [O, G]; null for MIDDLE (2^(bits-1)) and SIGNED (codes are int8, zero is 0)
+  const void* zero;      // uint8 or float32 [O, G]; null for MIDDLE (2^(bits-1)), SIGNED and PLAIN (codes are int8, zero is 0)
   int64_t in_features;
   int64_t group;  // columns under one scale, a multiple of 32 or all of them
   int64_t groups;
@@ -21,6 +21,7 @@ struct Integer {
   int32_t bits;   // 2, 3, 4 or 8
   int32_t scale_type;
   int32_t zeros;
+  bool is_signed() const { return zeros == SIGNED || zeros == PLAIN; }
 };
 
 // Scale and zero point of one group.
@@ -39,6 +40,8 @@ inline Step step_of(const Integer& w, int64_t row, int64_t group) {
       return {scale, static_cast<float>(static_cast<const uint8_t*>(w.zero)[at]), false};
     case Integer::REAL:
       return {scale, static_cast<const float*>(w.zero)[at], true};
+    case Integer::PLAIN:
+      return {scale, 0.0f, false};
     default:
       return {scale, static_cast<float>(1 << (w.bits - 1)), false};
   }

@@ -27,7 +27,7 @@ struct Span {
 };
 
 inline uint32_t code_at(const Integer& w, const uint8_t* codes, int64_t column) {
-  if (w.zeros == Integer::SIGNED || w.bits == 8) return codes[column];
+  if (w.bits == 8) return codes[column];
   int64_t bit = column * w.bits;
   uint32_t byte = codes[bit >> 3];
   int32_t shift = static_cast<int32_t>(bit & 7);
@@ -41,7 +41,7 @@ void decode_scalar(const Integer& w, int64_t row, int64_t column, int64_t column
     const Step step = step_of(w, row, span.group);
     for (int64_t c = span.first; c < span.last; ++c) {
       uint32_t code = code_at(w, codes, column + c);
-      float number = w.zeros == Integer::SIGNED ? static_cast<float>(static_cast<int8_t>(code)) : static_cast<float>(code);
+      float number = w.is_signed() ? static_cast<float>(static_cast<int8_t>(code)) : static_cast<float>(code);
       put(value_of(step, number), type, out, c);
     }
   }
@@ -83,7 +83,7 @@ FT_TARGET_AVX512 inline __m512 values(__m512 codes, const Step& step) {
 
 // As step_of, by the CPU's own conversion.
 FT_TARGET_AVX512 inline Step load_step(const Integer& w, int64_t row, int64_t group) {
-  if (w.zeros == Integer::SIGNED || w.scale_type != F16) return step_of(w, row, group);
+  if (w.is_signed() || w.scale_type != F16) return step_of(w, row, group);
   int64_t at = row * w.groups + group;
   float scale = _cvtsh_ss(static_cast<const f16*>(w.scale)[at]);
   if (w.zeros == Integer::INTEGER) return {scale, static_cast<float>(static_cast<const uint8_t*>(w.zero)[at]), false};
@@ -136,13 +136,12 @@ FT_TARGET_AVX512 void decode_few_bits(const Integer& w, int64_t row, int64_t col
 FT_TARGET_AVX512 void decode_bytes(const Integer& w, int64_t row, int64_t column, int64_t columns, DType type,
                                    void* out) {
   const uint8_t* codes = w.codes + row * w.bytes + column;
-  const bool is_signed = w.zeros == Integer::SIGNED;
   for (Span span(w, column, columns); span.next();) {
     const Step step = load_step(w, row, span.group);
     for (int64_t c = span.first; c < span.last; c += 16) {
       __mmask16 lanes = first16(span.last - c);
       __m128i packed = _mm_maskz_loadu_epi8(lanes, codes + c);
-      __m512i wide = is_signed ? _mm512_cvtepi8_epi32(packed) : _mm512_cvtepu8_epi32(packed);
+      __m512i wide = w.is_signed() ? _mm512_cvtepi8_epi32(packed) : _mm512_cvtepu8_epi32(packed);
       __m512 value = values(_mm512_cvtepi32_ps(wide), step);
       if (type == F32)
         _mm512_mask_storeu_ps(static_cast<float*>(out) + c, lanes, value);
@@ -187,7 +186,7 @@ FT_TARGET_AVX512_BF16 void decode_bytes_bf16(const Integer& w, int64_t row, int6
 void decode_bytes_best(const Integer& w, int64_t row, int64_t column, int64_t columns, DType type, void* out) {
   if (type != BF16 || level() < AVX512_BF16) return decode_bytes(w, row, column, columns, type, out);
   bf16* to = static_cast<bf16*>(out);
-  if (w.zeros == Integer::SIGNED) return decode_bytes_bf16<Integer::SIGNED>(w, row, column, columns, to);
+  if (w.is_signed()) return decode_bytes_bf16<Integer::SIGNED>(w, row, column, columns, to);
   if (w.zeros == Integer::REAL) return decode_bytes_bf16<Integer::REAL>(w, row, column, columns, to);
   return decode_bytes_bf16<Integer::INTEGER>(w, row, column, columns, to);
 }

@@ -90,7 +90,7 @@ void* scratch(Slot slot, size_t bytes) {
 }  // namespace finetune
 
 // Counts the versions of this interface: see ABI in finetune/kernels/native.py.
-FT_API int32_t ft_abi() { return 5; }
+FT_API int32_t ft_abi() { return 6; }
 
 // The level in force, as finetune/kernels/native.py numbers them.
 FT_API int32_t ft_level() { return finetune::level(); }
