@@ -10,7 +10,7 @@ Shape suffixes: O out features, I in features, K columns that are kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ MOST = 16
 """One column of so many is kept at the most: where more are small, a row has too large a weight, and wants groups."""
 
 
-def small_columns(parts: Iterable[Tensor], absmax_O: Tensor, share: float) -> Tensor | None:
+def small_columns(parts: Sequence[Tensor], absmax_O: Tensor, share: float) -> Tensor | None:
     """The columns of which codes lose more than a share, int32 [K]; None for none, or for too many.
 
     Args:
@@ -29,12 +29,7 @@ def small_columns(parts: Iterable[Tensor], absmax_O: Tensor, share: float) -> Te
         absmax_O: float32, as stored.
         share: of a column's length, in (0, 1).
     """
-    squares_I: Tensor | None = None
-    parts = list(parts)
-    for part in parts:
-        of_part = part.float().square().sum(0)
-        squares_I = of_part if squares_I is None else squares_I + of_part
-    assert squares_I is not None
+    squares_I = torch.stack([part.float().square().sum(0) for part in parts]).sum(0)
     # Rounding loses a twelfth of a squared step of a weight on average: it tells which columns are worth decoding.
     likely_I = (absmax_O.double() / int8.LEVELS).square().sum() / 12 > (share / 2) ** 2 * squares_I.double()
     columns_K = (likely_I & (squares_I > 0)).nonzero().view(-1)
