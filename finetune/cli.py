@@ -17,6 +17,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from finetune.errors import ConfigError, UserError, nearest
+from finetune.startup import share_cores
 
 PACKAGED_CONFIGS = Path(__file__).parent / "conf"
 CHECKOUT_CONFIGS = Path(__file__).parents[1] / "conf"
@@ -50,6 +51,7 @@ JOBS = Jobs()
 
 def main() -> None:
     """The installed command: `finetune VERB [key=value ...]`."""
+    share_cores()
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
@@ -100,6 +102,7 @@ def train(arguments: list[str]) -> int:
 
 def launch(entry: Callable[[], None], config_dir: Path) -> None:
     """Run a Hydra entry after the whole command line was checked, and exit with the code of what happened."""
+    share_cores()
     sys.exit(guarded(lambda: _launch(entry, config_dir, sys.argv[1:])))
 
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from finetune.startup import SPINS
+
 ROOT = Path(__file__).parents[1]
 
 
-def command(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300)
+def command(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=300
+    )
 
 
 @pytest.mark.parametrize(
@@ -80,6 +85,20 @@ def test_verbs() -> None:
     assert done.returncode == 0 and "doctor" in done.stdout
     wrong = command("-m", "finetune", "docter")
     assert wrong.returncode == 2 and "did you mean 'doctor'?" in wrong.stderr
+
+
+@pytest.mark.parametrize("arguments", [["-m", "finetune", "doctor"], ["train.py", "adapter.rank=100000"]], ids=str)
+def test_idle_threads_of_openmp_sleep_soon(arguments: list[str]) -> None:
+    """Spinning for milliseconds, they take the cores from other work and from each other."""
+
+    def spins(**environment: str) -> list[str]:
+        told = command(*arguments, OMP_DISPLAY_ENV="VERBOSE", **environment).stderr
+        return [line.split("=")[1].strip(" '") for line in told.splitlines() if "GOMP_SPINCOUNT" in line]
+
+    if not (default := spins()):
+        pytest.skip("torch's OpenMP is not GNU's here")
+    assert set(default) == {SPINS} and set(spins(GOMP_SPINCOUNT="77")) == {"77"}
+    assert SPINS not in spins(OMP_WAIT_POLICY="active"), "what is asked for is left alone"
 
 
 def test_doctor_is_ready_to_paste() -> None:
