@@ -6,18 +6,19 @@ Shape suffixes: O out features, P bytes of a row, K weights of a row that are ke
 from __future__ import annotations
 
 import ctypes
-from typing import ClassVar
 
 from torch import Tensor
+
+from finetune.kernels.cpu_stored import Stored, addresses
 
 _pointer, _int32, _int64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 
 
-class Blocks(ctypes.Structure):
-    """`finetune::Ggml` of csrc/ggml.cpp; keeps its tensors alive."""
+class Blocks(Stored):
+    """`finetune::Ggml` of csrc/ggml.cpp."""
 
-    name: ClassVar[str] = "ggml"
-    _fields_ = [
+    name = "ggml"
+    _fields_ = (
         ("blocks", _pointer),
         ("places", _pointer),
         ("values", _pointer),
@@ -27,9 +28,7 @@ class Blocks(ctypes.Structure):
         ("size", _int32),
         ("bits", _int32),
         ("least", _int32),
-    ]
-    in_features: int
-    kept: tuple[Tensor | None, ...]
+    )
 
 
 def blocks(
@@ -42,10 +41,9 @@ def blocks(
         width: inputs of a row.
     """
     bits, least, size = layout
-    kept = tuple(None if tensor is None else tensor.contiguous() for tensor in (blocks_OP, places_OK, values_OK))
-    addresses = (None if tensor is None else tensor.data_ptr() for tensor in kept)
+    alive = tuple(None if tensor is None else tensor.contiguous() for tensor in (blocks_OP, places_OK, values_OK))
     wide = blocks_OP.shape[-1]
     aside = 0 if places_OK is None else places_OK.shape[-1] // (wide // size)
-    made = Blocks(*addresses, width, wide, aside, size, bits, least)
-    made.kept = kept
+    made = Blocks(*addresses(alive), width, wide, aside, size, bits, least)
+    made.alive = alive
     return made

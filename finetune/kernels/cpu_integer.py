@@ -6,12 +6,13 @@ Shape suffixes: O out features, I in features, G groups of a row, P packed bytes
 from __future__ import annotations
 
 import ctypes
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from finetune.kernels import native
+from finetune.kernels.cpu_stored import Stored, addresses
 
 MIDDLE, INTEGER, REAL, SIGNED, PLAIN = range(5)
 """Kinds of zero points, as csrc/integer.h numbers them."""
@@ -19,11 +20,11 @@ MIDDLE, INTEGER, REAL, SIGNED, PLAIN = range(5)
 _pointer, _int32, _int64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 
 
-class Integer(ctypes.Structure):
-    """`finetune::Integer` of csrc/integer.h; keeps its tensors alive."""
+class Integer(Stored):
+    """`finetune::Integer` of csrc/integer.h."""
 
-    name: ClassVar[str] = "integer"
-    _fields_ = [
+    name = "integer"
+    _fields_ = (
         ("codes", _pointer),
         ("scale", _pointer),
         ("zero", _pointer),
@@ -34,21 +35,18 @@ class Integer(ctypes.Structure):
         ("bits", _int32),
         ("scale_type", _int32),
         ("zeros", _int32),
-    ]
-    in_features: int
-    kept: tuple[Tensor | None, ...]
+    )
 
     @classmethod
     def of(cls, codes: Tensor, scale: Tensor, zero: Tensor | None, width: int, bits: int, group: int, kind: int) -> Any:
         """A weight whose rows are the last dimension of `codes`; `group` inputs under a scale, -1 for all."""
-        codes, scale = codes.contiguous(), scale.contiguous()
-        zero = None if zero is None else zero.contiguous()
+        alive = (codes.contiguous(), scale.contiguous(), None if zero is None else zero.contiguous())
         groups = 1 if group < 0 else -(-width // group)
         made = cls(
-            codes.data_ptr(), scale.data_ptr(), None if zero is None else zero.data_ptr(), width,
-            width if groups == 1 else group, groups, codes.shape[-1], bits, native.DTYPES[scale.dtype], kind,
+            *addresses(alive), width, width if groups == 1 else group, groups, codes.shape[-1], bits,
+            native.DTYPES[scale.dtype], kind,
         )  # fmt: skip
-        made.kept = (codes, scale, zero)
+        made.alive = alive
         return made
 
 

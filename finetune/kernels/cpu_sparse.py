@@ -6,21 +6,21 @@ Shape suffixes: O out features, P bytes of a row's places.
 from __future__ import annotations
 
 import ctypes
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from finetune.kernels import native
+from finetune.kernels.cpu_stored import Stored, addresses
 
 _pointer, _int32, _int64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 
 
-class Sparse(ctypes.Structure):
-    """`finetune::Sparse` of csrc/sparse.cpp; keeps its tensors alive."""
+class Sparse(Stored):
+    """`finetune::Sparse` of csrc/sparse.cpp."""
 
-    name: ClassVar[str] = "sparse"
-    _fields_ = [
+    name = "sparse"
+    _fields_ = (
         ("places", _pointer),
         ("values", _pointer),
         ("offsets", _pointer),
@@ -30,9 +30,7 @@ class Sparse(ctypes.Structure):
         ("group", _int32),
         ("place_bits", _int32),
         ("value_type", _int32),
-    ]
-    in_features: int
-    kept_alive: tuple[Tensor | None, ...]
+    )
 
 
 def sparse(places: Tensor, values: Tensor, kept: int, group: int, place_bits: int, width: int) -> Sparse:
@@ -47,9 +45,9 @@ def sparse(places: Tensor, values: Tensor, kept: int, group: int, place_bits: in
     held = rows * (width // group) * kept if group else 0 if offsets_O is None else int(offsets_O[-1])
     if held != values.numel():
         raise ValueError(f"the places of a sparse weight name {held} values, and there are {values.numel()}")
-    addresses = (None if tensor is None else tensor.data_ptr() for tensor in (places, values, offsets_O))
-    made = Sparse(*addresses, width, places.shape[-1], kept, group, place_bits, native.DTYPES[values.dtype])
-    made.kept_alive = (places, values, offsets_O)
+    alive = (places, values, offsets_O)
+    made = Sparse(*addresses(alive), width, places.shape[-1], kept, group, place_bits, native.DTYPES[values.dtype])
+    made.alive = alive
     return made
 
 

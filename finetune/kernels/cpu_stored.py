@@ -13,7 +13,7 @@ import ctypes
 from collections.abc import Callable, Sequence
 from functools import cache
 from math import prod
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,15 +24,23 @@ from finetune.kernels.scratch import gradient_by_scratch, linear_by_scratch
 _pointer, _int32, _int64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 
 
-class Stored(Protocol):
-    """A frozen weight as its C functions take it: a `ctypes.Structure` that keeps its tensors alive.
+class Stored(ctypes.Structure):
+    """A frozen weight as its C functions take it. A format has a sub-class with the fields of its own struct.
 
     Attributes:
         name: in the names of the functions.
+        in_features: one of the fields.
+        alive: the tensors that other fields point to.
     """
 
     name: ClassVar[str]
     in_features: int
+    alive: tuple[Tensor | None, ...]
+
+
+def addresses(tensors: Sequence[Tensor | None]) -> list[int | None]:
+    """Where tensors lie; null for those that are not there."""
+    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
 @cache
@@ -53,7 +61,7 @@ def decode_into(out: Tensor, weight: Stored) -> None:
     """Decode a weight into a contiguous tensor of any shape that ends in rows."""
     rows = out.numel() // max(weight.in_features, 1)
     decode = _functions(weight.name)[0]
-    decode(ctypes.byref(weight), rows, native.DTYPES[out.dtype], out.data_ptr(), native.threads())  # type: ignore[arg-type]
+    decode(ctypes.byref(weight), rows, native.DTYPES[out.dtype], out.data_ptr(), native.threads())
 
 
 def linear(x: Tensor, bias: Tensor | None, weight: Stored, out_features: int) -> Tensor:
@@ -64,7 +72,7 @@ def linear(x: Tensor, bias: Tensor | None, weight: Stored, out_features: int) ->
         given, added = x.contiguous(), None if bias is None else bias.contiguous()
         pointers = (given.data_ptr(), None if added is None else added.data_ptr(), y.data_ptr())
         product = _functions(weight.name)[1]
-        if product(ctypes.byref(weight), rows, out_features, *pointers, native.threads()):  # type: ignore[arg-type]
+        if product(ctypes.byref(weight), rows, out_features, *pointers, native.threads()):
             return y
     return linear_by_scratch(x, bias, (out_features, x.shape[-1]), decode_into, [weight])
 
@@ -77,7 +85,7 @@ def input_gradient(grad: Tensor, weight: Stored, in_features: int) -> Tensor:
         given = grad.contiguous()
         pointers = (given.data_ptr(), result.data_ptr())
         product = _functions(weight.name)[2]
-        if product(ctypes.byref(weight), rows, grad.shape[-1], *pointers, native.threads()):  # type: ignore[arg-type]
+        if product(ctypes.byref(weight), rows, grad.shape[-1], *pointers, native.threads()):
             return result
     return gradient_by_scratch(grad, (grad.shape[-1], in_features), decode_into, [weight])
 

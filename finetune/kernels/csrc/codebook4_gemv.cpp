@@ -133,7 +133,8 @@ bool codebook4_gemv(const Codebook4& weight, int64_t M, int64_t O, const bf16* x
 #ifdef FT_X86
   const int64_t I = weight.columns;
   // Every 64 codes of a row lie in one block.
-  if (level() < AVX512_BF16 || M < 1 || M > (level() >= AMX ? MOST_ROWS_BESIDE_TILES : MOST_ROWS) || I % 64 != 0 || weight.shift < 6) return false;
+  const int64_t most = level() >= AMX ? MOST_ROWS_BESIDE_TILES : MOST_ROWS;
+  if (level() < AVX512_BF16 || M < 1 || M > most || I % 64 != 0 || weight.shift < 6) return false;
   int64_t width = (I + STEP - 1) / STEP * STEP;
   bf16* packed = static_cast<bf16*>(scratch(SLOT_INPUT, static_cast<size_t>(M * width) * sizeof(bf16)));
   if (!packed) return false;

@@ -32,6 +32,22 @@ bool engine_linear(const Decoder& decoder, int64_t M, int64_t O, int64_t I, cons
 bool engine_input_gradient(const Decoder& decoder, int64_t M, int64_t O, int64_t I, const bf16* g, bf16* gx,
                            int threads);
 
+// The two products of a format as C functions, `ft_<name>_linear` and `ft_<name>_input_gradient`, over a weight with
+// `in_features`; 0 where there is no engine for it. Stands outside of the namespace.
+#define FT_PRODUCTS(name, Weight, panel)                                                                          \
+  FT_API int32_t ft_##name##_linear(const Weight* w, int64_t M, int64_t O, const void* x, const void* bias,       \
+                                    void* y, int32_t threads) {                                                   \
+    using finetune::bf16;                                                                                         \
+    return finetune::engine_linear({w, panel}, M, O, w->in_features, static_cast<const bf16*>(x),                 \
+                                   static_cast<const bf16*>(bias), static_cast<bf16*>(y), threads);               \
+  }                                                                                                               \
+  FT_API int32_t ft_##name##_input_gradient(const Weight* w, int64_t M, int64_t O, const void* g, void* gx,       \
+                                            int32_t threads) {                                                    \
+    using finetune::bf16;                                                                                         \
+    return finetune::engine_input_gradient({w, panel}, M, O, w->in_features, static_cast<const bf16*>(g),         \
+                                           static_cast<bf16*>(gx), threads);                                      \
+  }
+
 // y[M, O] = x[M, I] @ w[O, I].T of int8 codes (-128 among them or not).
 struct Int8Product {
   const int8_t* x;

@@ -188,18 +188,4 @@ FT_API void ft_ggml_decode(const finetune::Ggml* w, int64_t rows, int32_t type, 
     decode_row(*w, by, row, 0, w->in_features, kind, static_cast<char*>(out) + row * w->in_features * size);
 }
 
-// y[M, O] = x[M, I] @ w[O, I].T + bias[O], all bf16; bias may be null. 0 where there is no engine for it.
-FT_API int32_t ft_ggml_linear(const finetune::Ggml* w, int64_t M, int64_t O, const void* x, const void* bias, void* y,
-                              int32_t threads) {
-  using finetune::bf16;
-  return finetune::engine_linear({w, finetune::panel}, M, O, w->in_features, static_cast<const bf16*>(x),
-                                 static_cast<const bf16*>(bias), static_cast<bf16*>(y), threads);
-}
-
-// gx[M, I] = g[M, O] @ w[O, I], all bf16. 0 where there is no engine for it.
-FT_API int32_t ft_ggml_input_gradient(const finetune::Ggml* w, int64_t M, int64_t O, const void* g, void* gx,
-                                      int32_t threads) {
-  using finetune::bf16;
-  return finetune::engine_input_gradient({w, finetune::panel}, M, O, w->in_features, static_cast<const bf16*>(g),
-                                         static_cast<bf16*>(gx), threads);
-}
+FT_PRODUCTS(ggml, finetune::Ggml, finetune::panel)

@@ -13,7 +13,7 @@ struct Integer {
   enum Zero : int32_t { MIDDLE = 0, INTEGER = 1, REAL = 2, SIGNED = 3, PLAIN = 4 };
   const uint8_t* codes;  // [O, P]
   const void* scale;     // [O, G] in scale_type; for SIGNED absmax [O], of which a 127th is the scale
-  const void* zero;      // uint8 or float32 [O, G]; null for MIDDLE (2^(bits-1)), SIGNED and PLAIN (codes are int8, zero is 0)
+  const void* zero;      // uint8 or float32 [O, G]; null for MIDDLE (2^(bits-1)), SIGNED and PLAIN (int8 codes, 0)
   int64_t in_features;
   int64_t group;  // columns under one scale, a multiple of 32 or all of them
   int64_t groups;

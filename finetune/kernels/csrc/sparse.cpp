@@ -5,6 +5,7 @@
 // Shape legend: M rows of the input, O out features (rows), I in features, P bytes of a row's places.
 #include <algorithm>
 
+#include "elementwise.h"
 #include "engine.h"
 #include "half.h"
 
@@ -24,8 +25,6 @@ struct Sparse {
 };
 
 namespace {
-
-#define FT_INLINE inline __attribute__((always_inline))
 
 constexpr int64_t LANES = 32;
 
@@ -232,18 +231,4 @@ FT_API void ft_sparse_decode(const finetune::Sparse* w, int64_t rows, int32_t ty
     decode(*w, row, 0, w->in_features, kind, static_cast<char*>(out) + row * w->in_features * size);
 }
 
-// y[M, O] = x[M, I] @ w[O, I].T + bias[O], all bf16; bias may be null. 0 where there is no engine for it.
-FT_API int32_t ft_sparse_linear(const finetune::Sparse* w, int64_t M, int64_t O, const void* x, const void* bias,
-                                void* y, int32_t threads) {
-  using finetune::bf16;
-  return finetune::engine_linear({w, finetune::panel}, M, O, w->in_features, static_cast<const bf16*>(x),
-                                 static_cast<const bf16*>(bias), static_cast<bf16*>(y), threads);
-}
-
-// gx[M, I] = g[M, O] @ w[O, I], all bf16. 0 where there is no engine for it.
-FT_API int32_t ft_sparse_input_gradient(const finetune::Sparse* w, int64_t M, int64_t O, const void* g, void* gx,
-                                        int32_t threads) {
-  using finetune::bf16;
-  return finetune::engine_input_gradient({w, finetune::panel}, M, O, w->in_features, static_cast<const bf16*>(g),
-                                         static_cast<bf16*>(gx), threads);
-}
+FT_PRODUCTS(sparse, finetune::Sparse, finetune::panel)
