@@ -111,7 +111,7 @@ def measured(model: Any, train: Any, held_out: Any) -> list[dict[str, Any]]:
     """One row a method."""
     from finetune.quant.driver import Driver
     from finetune.quant.int8_storage import Int8Config
-    from finetune.quant.rounders.rtn import RTN
+    from finetune.quant.recipe import Recipe
     from finetune.quant.transforms.smoothquant import SmoothQuant, SmoothQuantConfig
     from finetune.quant.w8a8 import W8A8Config
     from finetune.quantize.measure import Remembered, Tokens
@@ -136,7 +136,7 @@ def measured(model: Any, train: Any, held_out: Any) -> list[dict[str, Any]]:
     for name, (quant, smooth) in methods.items():
         twin = copy.deepcopy(model)
         transform = SmoothQuant(SmoothQuantConfig(alpha=ALPHA)) if smooth else None
-        Driver(twin, inspect(twin), quant, RTN(), batches, transform=transform).go()
+        Driver(twin, inspect(twin), Recipe(quant, transform=transform), batches).go()
         rows.append({"method": name, **reference.compare(twin)})
         print(f"{name:<24} perplexity {rows[-1]['perplexity']:.4f} KL {rows[-1]['kl_mean']:.5f}", flush=True)
     return rows

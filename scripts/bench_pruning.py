@@ -54,6 +54,7 @@ def prune(document: dict[str, Any], cells: list[tuple[str, str | None, str]]) ->
     from finetune.quant.dense import DenseConfig
     from finetune.quant.driver import Driver
     from finetune.quant.pruners.base import PRUNERS
+    from finetune.quant.recipe import Recipe
     from finetune.quant.rounders.gptq import GPTQ
     from finetune.quantize.config import CalibrationConfig
     from finetune.quantize.measure import Reference
@@ -71,7 +72,7 @@ def prune(document: dict[str, Any], cells: list[tuple[str, str | None, str]]) ->
     for quant, pattern, name in cells:
         twin, pruner = copy.deepcopy(model), PRUNERS.build(kinds[name](pattern=pattern))
         structure = inspect(twin)
-        layers = Driver(twin, structure, storage[quant], GPTQ(), batches, pruner=pruner).go()
+        layers = Driver(twin, structure, Recipe(storage[quant], GPTQ(), pruner=pruner), batches).go()
         error = sum(layer.error for layer in layers) / len(layers)
         reached = sparsity(layers, structure)
         row = {"quant": quant, "pattern": pattern, "pruner": name, "sparsity": reached, "mean_layer_error": error}

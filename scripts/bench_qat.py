@@ -88,13 +88,14 @@ class Base:
     def gptq(self, model: Any, bits: int, seed: int) -> Any:
         """A copy that is quantized after the fact."""
         from finetune.quant.driver import Driver
+        from finetune.quant.recipe import Recipe
         from finetune.quant.rounders.gptq import GPTQ
         from finetune.quantize.text import batches_of
         from finetune.structure import inspect
 
         twin = copy.deepcopy(model)
         batches = batches_of(self.shuffled(seed)[:CALIBRATION], 2 * LENGTH)
-        Driver(twin, inspect(twin), storage(bits), GPTQ(), batches).go()
+        Driver(twin, inspect(twin), Recipe(storage(bits), GPTQ()), batches).go()
         return twin
 
 

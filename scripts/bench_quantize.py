@@ -93,6 +93,7 @@ class Base:
         """Quantize a copy and compare it."""
         from finetune.quant.affine import Int2Config, Int3Config, Int4Config
         from finetune.quant.driver import Driver
+        from finetune.quant.recipe import Recipe
         from finetune.structure import inspect
 
         twin = copy.deepcopy(self.model)
@@ -101,7 +102,7 @@ class Base:
             rounder, transform = method(cell.method)
             batches = [] if cell.method == RTN else self._batches(cell.seed)
             quant = kinds[cell.bits](group_size=cell.group_size)
-            Driver(twin, inspect(twin), quant, rounder, batches, transform=transform).go()
+            Driver(twin, inspect(twin), Recipe(quant, rounder, transform=transform), batches).go()
         return self.reference.compare(twin)
 
     def _batches(self, seed: int) -> list[dict[str, Any]]:

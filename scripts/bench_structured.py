@@ -63,7 +63,7 @@ class Bench(Base):
         from finetune.errors import ConfigError
         from finetune.quant.dense import DenseConfig
         from finetune.quant.driver import Driver
-        from finetune.quant.rounders.rtn import RTN
+        from finetune.quant.recipe import Recipe
         from finetune.structure import inspect
 
         twin = copy.deepcopy(self.model)
@@ -77,7 +77,7 @@ class Bench(Base):
         except ConfigError:
             return None
         batches = self._batches(cell.seed)
-        Driver(twin, inspect(twin), DenseConfig(), RTN(), batches, cut=pruner).go()
+        Driver(twin, inspect(twin), Recipe(DenseConfig(), cut=pruner), batches).go()
         parts = [part for part in pruner.summary.parts if "error" in part]
         error = {"layer_error": statistics.fmean(part["error"] for part in parts)} if parts else {}
         return self.reference.compare(twin) | {"parameters": parameters(twin)} | error

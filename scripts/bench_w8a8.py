@@ -55,7 +55,7 @@ def main() -> None:
     from finetune.quant.dense import DenseConfig
     from finetune.quant.driver import Driver
     from finetune.quant.int8_storage import Int8Config
-    from finetune.quant.rounders.rtn import RTN
+    from finetune.quant.recipe import Recipe
     from finetune.quant.transforms.gamma import Gamma
     from finetune.quant.transforms.smoothquant import SmoothQuant
     from finetune.quant.w8a8 import W6A6Config, W8A8Config
@@ -95,7 +95,7 @@ def main() -> None:
                 continue
             twin = copy.deepcopy(injected)
             seen = batches if transform or quant.needs_inputs else []
-            Driver(twin, inspect(twin), quant, RTN(), seen, transform=transform() if transform else None).go()
+            Driver(twin, inspect(twin), Recipe(quant, transform=transform() if transform else None), seen).go()
             row = {"gain": gain, "method": name, "logit_change": change, **reference.compare(twin)}
             rows = sorted([*tables.read(RESULT), row], key=lambda each: order.index((each["gain"], each["method"])))
             print(f"x{gain:<3} {name:<36} perplexity {row['perplexity']:.3f} KL {row['kl_mean']:.5f}", flush=True)

@@ -60,6 +60,7 @@ def main() -> None:
     from finetune.quant.dense import DenseConfig
     from finetune.quant.distill import DistillConfig, Distiller
     from finetune.quant.driver import Driver
+    from finetune.quant.recipe import Recipe
     from finetune.quant.rounders.gptq import GPTQ
     from finetune.quant.rounders.rtn import RTN
     from finetune.quantize.config import CalibrationConfig
@@ -86,7 +87,7 @@ def main() -> None:
         twin, rounder = copy.deepcopy(model), GPTQ() if way.startswith("GPTQ") else RTN()
         begun = time.process_time()
         quant = QUANTIZERS.type_of(name)(**settings)
-        Driver(twin, inspect(twin), quant, rounder, batches, distiller=distiller).go()
+        Driver(twin, inspect(twin), Recipe(quant, rounder, distiller=distiller), batches).go()
         row = {"format": form, "way": way, "cpu_seconds": round(time.process_time() - begun, 1)}
         row |= {"learning_rate": rate} if distiller else {}
         row |= reference.compare(twin) | {"blocks": [asdict(each) for each in distiller.done] if distiller else []}

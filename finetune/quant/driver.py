@@ -15,23 +15,21 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from finetune.quant.base import QUANTIZERS, FrozenLinear, QuantConfig
+from finetune.quant.base import QUANTIZERS, FrozenLinear
 from finetune.quant.dense import DenseConfig, DenseExperts, DenseLinear
-from finetune.quant.distill import Distiller
 from finetune.quant.freeze import empty_frozen, freeze, head_of, replace_projection
 from finetune.quant.gram import Gram
 from finetune.quant.layer import Layer
 from finetune.quant.packed import PackedWeight
 from finetune.quant.pruners.apply import prune
-from finetune.quant.pruners.base import Pruner
 from finetune.quant.pruners.cut import Cut
+from finetune.quant.recipe import Recipe
 from finetune.quant.replay import Batch, Calls, Enough, Sink, inputs_of, reading_alike, watching
 from finetune.quant.resident import Resident, lay_out
-from finetune.quant.rounders.base import Rounder, apply
+from finetune.quant.rounders.base import apply
 from finetune.quant.rounders.rtn import RTN
 from finetune.quant.settled import Forward, Settled
 from finetune.quant.token_clip import clip_tokens
-from finetune.quant.transforms.base import Transform
 from finetune.structure.base import Projection, Structure
 
 Progress = Callable[[Layer, int, int], None]
@@ -48,17 +46,11 @@ class Driver:
     Args:
         model: of transformers, dense; changed in place. In memory as far as `resident` says.
         structure: what `finetune.structure.inspect(model)` found.
-        quant: the storage format of its projections.
-        rounder: chooses the codes.
+        recipe: what is done to each block.
         batches: calibration data; no row padded. Empty rounds to nearest whatever the inputs.
-        progress, prepare: see there.
-        transform: changes each block before it is quantized; needs `batches`.
-        pruner: sets weights to zero before, or while, codes are chosen.
         resident: brings the blocks into memory, and knows what an earlier run has finished; by default the whole model
             is in memory.
-        distiller: trains each block once it is quantized; needs `batches`.
-        cut: makes each block smaller before anything else is done to it; needs `batches`. `structure` is the large
-            model's. Dense storage without a pruner then leaves what is left as it is.
+        progress, prepare: see there.
 
     Raises:
         ConfigError: where the head is to be quantized but shares its weight with the embeddings; where the storage
@@ -69,21 +61,15 @@ class Driver:
         self,
         model: nn.Module,
         structure: Structure,
-        quant: QuantConfig,
-        rounder: Rounder,
+        recipe: Recipe,
         batches: Sequence[Batch] = (),
+        resident: Resident | None = None,
         progress: Progress = lambda layer, done, of: None,
         prepare: Prepare = lambda module: None,
-        transform: Transform | None = None,
-        pruner: Pruner | None = None,
-        resident: Resident | None = None,
-        distiller: Distiller | None = None,
-        cut: Cut | None = None,
     ) -> None:
-        self.model, self.structure, self.quant, self.rounder = model, structure, quant, rounder
-        self.batches, self.progress, self.prepare, self.transform = batches, progress, prepare, transform
-        self.pruner, self.resident, self.distiller = pruner, resident or Resident(), distiller
-        self.cut = cut
+        self.model, self.structure, self.recipe, self.batches = model, structure, recipe, batches
+        self.resident, self.progress, self.prepare = resident or Resident(), progress, prepare
+        quant, rounder, cut = recipe.quant, recipe.rounder, recipe.cut
         self.todo = self._todo(structure if cut is None else cut.structure)
         self.heads = list(head_of(model, quant, structure))
         for p in (*self.todo, *self.heads):
@@ -99,12 +85,12 @@ class Driver:
             ModelError: when a weight is not finite.
         """
         self.resident.begin(self.model, self.structure)
-        if self.cut is not None:
-            self._begin_cut(self.cut)
+        if self.recipe.cut is not None:
+            self._begin_cut(self.recipe.cut)
         before = {layer.name: layer.sparsity or 0.0 for layer in self.layers}
         for p in self.todo:
             if p.name in before:
-                lay_out(self.model, self.quant, p, self.prepare, before[p.name])
+                lay_out(self.model, self.recipe.quant, p, self.prepare, before[p.name])
         was_training = self.model.training
         self.model.eval()
         for stack in self.structure.stacks:
@@ -116,7 +102,7 @@ class Driver:
         for p in self.heads:
             replace_projection(self.model, DenseConfig(), p)
             self._quantize(p, [self._read_by_head(p)] if self.batches else [])
-        freeze(self.model, self.quant, replace(self.structure, projections=()))
+        freeze(self.model, self.recipe.quant, replace(self.structure, projections=()))
         self.model.train(was_training)
         order = [p.name for p in (*self.todo, *self.heads)]
         return sorted(self.layers, key=lambda layer: order.index(layer.name))
@@ -135,7 +121,7 @@ class Driver:
 
     def _todo(self, structure: Structure) -> list[Projection]:
         """The projections that are to be stored anew."""
-        as_it_is = isinstance(self.quant, DenseConfig) and self.pruner is None
+        as_it_is = isinstance(self.recipe.quant, DenseConfig) and self.recipe.pruner is None
         return [p for p in structure.projections if not p.dense and not as_it_is]
 
     def _begin_cut(self, cut: Cut) -> None:
@@ -150,7 +136,7 @@ class Driver:
         """All blocks of a stack, in order."""
         calls = self.resident.calls(self.model, blocks, self.batches) if self.batches else Calls()
         targets = calls.hidden
-        if self.distiller is not None and self.resident.finished:
+        if self.recipe.distiller is not None and self.resident.finished:
             targets = self.resident.kept(TARGETS, self.resident.finished)
         for number, name in enumerate(blocks):
             if number < self.resident.finished:
@@ -161,17 +147,17 @@ class Driver:
                 if number and not calls.chained[number]:
                     calls.hidden = inputs_of(self.model, name, self.batches)
                 forward = calls.forward(number, self.model.get_submodule(name))
-                if self.distiller is not None:
+                if self.recipe.distiller is not None:
                     targets = self._targets(number, name, calls, targets)
-                if self.cut is not None:
-                    self.cut.block(self, name, partial(calls.run, number))
+                if self.recipe.cut is not None:
+                    self.recipe.cut.block(self, name, partial(calls.run, number))
                     forward = calls.forward(number, self.model.get_submodule(name))
                 settled = self._settled(number, name, projections, forward)
                 if projections:
                     self._block(projections, settled)
-                if self.distiller is not None and projections:
+                if self.recipe.distiller is not None and projections:
                     settled.undo()
-                    self.distiller.block(self.model, name, forward, targets)
+                    self.recipe.distiller.block(self.model, name, forward, targets)
                 calls.hidden = self.resident.keep(CALIBRATION, number + 1, settled.run())
                 settled.undo()
                 calls.arguments[number] = []  # nothing needs them any more
@@ -186,8 +172,8 @@ class Driver:
         Args:
             before: what the dense blocks before it put out.
         """
-        assert self.distiller is not None
-        same = self.distiller.config.targets == "same" or (number > 0 and not calls.chained[number])
+        assert self.recipe.distiller is not None
+        same = self.recipe.distiller.config.targets == "same" or (number > 0 and not calls.chained[number])
         there = replace(calls, hidden=calls.hidden if same else before)
         return self.resident.keep(TARGETS, number + 1, there.run(number, self.model.get_submodule(block)))
 
@@ -203,8 +189,8 @@ class Driver:
 
     def _block(self, projections: list[Projection], settled: Settled) -> None:
         """The projections of one block, group after group of those that read the same."""
-        if self.transform is not None and projections:
-            self.transform.block(self, projections, settled.run)
+        if self.recipe.transform is not None and projections:
+            self.recipe.transform.block(self, projections, settled.run)
         by_name = {p.name: p for p in projections}
         groups = reading_alike(self.model, projections, settled.rehearse)
         grouped = {name for names, _ in groups for name in names}
@@ -236,11 +222,11 @@ class Driver:
 
         with watching(self.model, watched, saw):
             settled.gather(group[0].name if once and ordered and len(group) == 1 else None)
-        for reader in watched if self.quant.clipped_bits else ():
+        for reader in watched if self.recipe.quant.clipped_bits else ():
             gram = seen.get((reader.name, 0))
             if gram is not None and reader.kind != "experts":
                 readers = group if len(watched) == 1 else [reader]
-                clip_tokens(self.model, reader, readers, gram, self.quant.clipped_bits, settled.run)
+                clip_tokens(self.model, reader, readers, gram, self.recipe.quant.clipped_bits, settled.run)
         for number, p in enumerate(group):
             reader = watched[number if len(watched) == len(group) else 0]
             self._quantize(p, [seen.get((reader.name, expert)) for expert in range(p.experts)])
@@ -252,24 +238,24 @@ class Driver:
         dense = self.model.get_submodule(p.name)
         assert isinstance(dense, DenseLinear | DenseExperts)
         weight = dense.weight
-        frozen = empty_frozen(self.quant, p, dense, dtype=weight.dtype, device=weight.device)
+        frozen = empty_frozen(self.recipe.quant, p, dense, dtype=weight.dtype, device=weight.device)
         if isinstance(frozen, PackedWeight):
             self.prepare(frozen)
             if isinstance(frozen, FrozenLinear):
                 frozen.see_inputs(grams[0].limit if grams and grams[0] is not None else None)
         matrices = [None if gram is None else gram.matrix_II for gram in grams]
-        rounder, w, sparsity = self.rounder if grams else RTN(), dense.dequantize(weight.dtype), None
-        if self.pruner is not None and p not in self.heads:
-            outcome = prune(self.pruner, rounder, frozen, w, matrices)
+        rounder, w, sparsity = self.recipe.rounder if grams else RTN(), dense.dequantize(weight.dtype), None
+        if self.recipe.pruner is not None and p not in self.heads:
+            outcome = prune(self.recipe.pruner, rounder, frozen, w, matrices)
             result, sparsity = outcome.rounded, outcome.sparsity
         else:
             assert isinstance(frozen, PackedWeight)
-            if self.transform is not None and grams:
-                rounder = self.transform.rounder(rounder, self.quant, matrices)
+            if self.recipe.transform is not None and grams:
+                rounder = self.recipe.transform.rounder(rounder, self.recipe.quant, matrices)
             result = apply(rounder, frozen, w, matrices)
-        if self.distiller is not None and result.grid is not None and p.block is not None:
+        if self.recipe.distiller is not None and result.grid is not None and p.block is not None:
             assert isinstance(frozen, PackedWeight)
-            self.distiller.take(p.name, frozen, result.grid, frozen.codes_layout(w))
+            self.recipe.distiller.take(p.name, frozen, result.grid, frozen.codes_layout(w))
         parent, _, leaf = p.name.rpartition(".")
         setattr(self.model.get_submodule(parent), leaf, frozen)
         layer = Layer(

@@ -23,13 +23,13 @@ from finetune.model.load import load
 from finetune.model.pretrained import read_config
 from finetune.model.streaming import fixed_thresholds
 from finetune.quant.dense import DenseConfig
-from finetune.quant.distill import Distilled, Distiller
-from finetune.quant.pruners.cut import Cut
+from finetune.quant.distill import Distilled
 from finetune.quant.pruners.cut import Summary as CutSummary
+from finetune.quant.recipe import Recipe
 from finetune.quant.replay import Batch
 from finetune.quant.resident import Resident
 from finetune.quant.standins import ANSWERS, Answer, answer_of
-from finetune.quant.transforms.base import Summary, Transform
+from finetune.quant.transforms.base import Summary
 from finetune.quantize.config import QuantizeConfig
 from finetune.quantize.measure import Classes, Figures, Measure, Remembered, Tokens, Vectors
 from finetune.quantize.state import State
@@ -125,21 +125,20 @@ def opened(
     source: Source,
     target: Path,
     in_public: Callable[[Structure], bool],
-    transform: Transform | None,
-    distiller: Distiller | None,
-    cut: Cut | None = None,
+    recipe: Recipe,
 ) -> Iterator[Opened]:
     """The model for the time that it is worked on; what a run leaves behind that does not end is for the next one.
 
     Args:
         target: the output.
         in_public: as in `write`, of a structure.
-        transform, distiller, cut: what they have to say of finished blocks is kept with them.
+        recipe: what its transform, distiller and cut have to say of finished blocks is kept with them.
 
     Raises:
         ModelError: for anything about the checkpoint that the user can mend.
         ConfigError: where what an earlier run left belongs to other settings.
     """
+    transform, distiller, cut = recipe.transform, recipe.distiller, recipe.cut
     tokens = BATCH_TOKENS if distiller is None else distiller.config.batch_tokens
     batches = [_to(batch, source.device) for batch in source.text.batches(tokens)]
     streamed = _streamed(source, batches)

@@ -25,10 +25,7 @@ from finetune.training.signals import StopSignals
 
 if TYPE_CHECKING:
     from finetune.model.held import Held
-    from finetune.quant.distill import Distiller
-    from finetune.quant.pruners.base import Pruner
-    from finetune.quant.pruners.cut import Cut
-    from finetune.quant.transforms.base import Transform
+    from finetune.quant.recipe import Recipe
     from finetune.quantize.opening import Opened, Source
     from finetune.structure.base import Structure
 
@@ -73,6 +70,7 @@ def _make(config: QuantizeConfig, headers: list[Header], target: Path, signals: 
     from finetune.model.hub import fetch
     from finetune.model.pretrained import read_tokenizer
     from finetune.quant.distill import Distiller
+    from finetune.quant.recipe import Recipe
     from finetune.quantize.opening import Source, opened, reader_of
     from finetune.quantize.plot import plot
     from finetune.quantize.report import table
@@ -93,14 +91,20 @@ def _make(config: QuantizeConfig, headers: list[Header], target: Path, signals: 
     cut = cut_of(config, reader.empty, held)
     tokenizer = read_tokenizer(directory, config.model)
     source = Source(reader, held, _text(config, reader.empty, held, tokenizer))
-    transform = TRANSFORMS.build(config.transform)
-    distiller = Distiller(config.distill) if config.distill.steps else None
+    recipe = Recipe(
+        config.quant,
+        CALIBRATORS.build(config.calibrator),
+        cut,
+        TRANSFORMS.build(config.transform),
+        pruner,
+        Distiller(config.distill) if config.distill.steps else None,
+    )
 
     def in_public(structure: Structure) -> bool:
         return compressed(config.quant, structure if cut is None else cut.structure)
 
-    with opened(config, source, target, in_public, transform, distiller, cut) as base, published(target) as work:
-        job = Job(config, base, source, tokenizer, in_public(base.structure), transform, pruner, distiller, cut)
+    with opened(config, source, target, in_public, recipe) as base, published(target) as work:
+        job = Job(config, base, source, tokenizer, in_public(base.structure), recipe)
         record = _quantize(job, work, signals)
         print(table(record))
         if left_out := plot(record, work):
@@ -133,10 +137,7 @@ class Job:
     source: Source
     tokenizer: Any
     in_public: bool
-    transform: Transform | None
-    pruner: Pruner | None
-    distiller: Distiller | None
-    cut: Cut | None
+    recipe: Recipe
 
 
 def _quantize(job: Job, work: Path, signals: StopSignals) -> dict[str, Any]:
@@ -146,7 +147,7 @@ def _quantize(job: Job, work: Path, signals: StopSignals) -> dict[str, Any]:
     from finetune.quantize.report import collect
     from finetune.quantize.write import write
 
-    config, base, transform, dtype = job.config, job.base, job.transform, job.source.dtype
+    config, base, recipe, dtype = job.config, job.base, job.recipe, job.source.dtype
 
     def prepare(module: PackedWeight) -> None:
         if job.in_public and hasattr(module, "scale_dtype"):
@@ -154,28 +155,17 @@ def _quantize(job: Job, work: Path, signals: StopSignals) -> dict[str, Any]:
 
     begun = time.perf_counter()
     with Progress(signals, len(base.resident.layers)) as progress:
-        if job.distiller is not None:
-            job.distiller.told = progress.step
-        if job.cut is not None:
-            job.cut.told = progress.step
-        layers = Driver(
-            base.model,
-            base.structure,
-            config.quant,
-            CALIBRATORS.build(config.calibrator),
-            base.batches,
-            progress.layer,
-            prepare,
-            transform,
-            job.pruner,
-            base.resident,
-            job.distiller,
-            job.cut,
-        ).go()
+        for worker in (recipe.distiller, recipe.cut):
+            if worker is not None:
+                worker.told = progress.step
+        driver = Driver(
+            base.model, base.structure, recipe, base.batches, base.resident, progress=progress.layer, prepare=prepare
+        )
+        layers = driver.go()
     quality = base.quality()
     stored = base.stored()
-    if job.cut is not None:
-        stored = moved(stored, job.cut.finish(base.model))
+    if recipe.cut is not None:
+        stored = moved(stored, recipe.cut.finish(base.model))
     source = ExportSource(
         model=base.model,
         adapter=None,
@@ -185,7 +175,7 @@ def _quantize(job: Job, work: Path, signals: StopSignals) -> dict[str, Any]:
         quantization_config=None,
         max_shard_bytes=int(config.max_shard_gb * 1e9),
     )
-    reached = sparsity(layers, base.structure) if job.pruner is not None else 0.0
+    reached = sparsity(layers, base.structure) if recipe.pruner is not None else 0.0
     if config.pruner.prunes:
         setattr(base.model.config, PRUNED, settings(config.pruner, reached))
     read_by = write(source, config.quant, job.in_public, work, stored)
@@ -197,7 +187,7 @@ def _quantize(job: Job, work: Path, signals: StopSignals) -> dict[str, Any]:
 
 def _settings(job: Job) -> dict[str, Any]:
     """What was asked for, each method with what it has to say of its work."""
-    config, transform, cut = job.config, job.transform, job.cut
+    config, transform, cut, distiller = job.config, job.recipe.transform, job.recipe.cut, job.recipe.distiller
     return {
         "model": config.model.path,
         "holds": job.source.held.kind,
@@ -206,8 +196,7 @@ def _settings(job: Job) -> dict[str, Any]:
         "calibrator": asdict(config.calibrator),
         "transform": asdict(config.transform) | ({} if transform is None else asdict(transform.summary)),
         "pruner": asdict(config.pruner) | ({} if cut is None else asdict(cut.summary)),
-        "distill": asdict(config.distill)
-        | {"blocks": [asdict(b) for b in job.distiller.done] if job.distiller else []},
+        "distill": asdict(config.distill) | {"blocks": [asdict(b) for b in distiller.done] if distiller else []},
         "calibration_tokens": job.source.text.tokens,
     }
 

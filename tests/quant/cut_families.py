@@ -12,7 +12,7 @@ from finetune.model.pretrained import empty_model, quiet
 from finetune.quant.dense import DenseConfig
 from finetune.quant.driver import Driver
 from finetune.quant.pruners.base import PRUNERS, PrunerConfig
-from finetune.quant.rounders.rtn import RTN
+from finetune.quant.recipe import Recipe
 from finetune.structure import inspect
 
 VOCABULARY = 64
@@ -109,7 +109,7 @@ def cut(model: Any, settings: PrunerConfig) -> Any:
     pruner = PRUNERS.build(settings)
     with quiet():
         pruner.plan(build(model.config), build)
-        Driver(model, inspect(model), DenseConfig(), RTN(), batches(), cut=pruner).go()
+        Driver(model, inspect(model), Recipe(DenseConfig(), cut=pruner), batches()).go()
         pruner.finish(model)
     return pruner
 

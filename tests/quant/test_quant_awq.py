@@ -16,6 +16,7 @@ from finetune.quant.dense import DenseConfig, DenseExperts, DenseLinear
 from finetune.quant.driver import Driver
 from finetune.quant.freeze import freeze
 from finetune.quant.nf4 import NF4Config
+from finetune.quant.recipe import Recipe
 from finetune.quant.rounders.gptq import GPTQ
 from finetune.quant.rounders.rtn import RTN
 from finetune.quant.transforms.awq import AWQ, AWQConfig
@@ -45,8 +46,8 @@ def test_awq_reports_the_error_that_its_factors_leave(formula: str) -> None:
     x = seen_by(model, names[:1], batches)[names[0]].double()
     gain, plain = layer.input_layernorm.weight.detach().clone(), copy.deepcopy(model)
     transform = AWQ(AWQConfig(formula=formula, clip=False))
-    Driver(model, inspect(model), quant, RTN(), batches, transform=transform).go()
-    Driver(plain, inspect(plain), quant, RTN(), batches).go()
+    Driver(model, inspect(model), Recipe(quant, transform=transform), batches).go()
+    Driver(plain, inspect(plain), Recipe(quant), batches).go()
     by = (gain / layer.input_layernorm.weight.detach()).double()
 
     def error(of: Any, by: Tensor | float) -> float:
@@ -65,7 +66,7 @@ def test_each_expert_has_factors_of_its_own_and_one_without_tokens_none() -> Non
     before = model.model.layers[0].mlp.experts.down_proj.detach().clone()
     batches = [{"input_ids": torch.tensor([[5, 6]]), "use_cache": False}]
     transform = AWQ()
-    Untouched(model, inspect(model), Int3Config(group_size=32), RTN(), batches, transform=transform).go()
+    Untouched(model, inspect(model), Recipe(Int3Config(group_size=32), transform=transform), batches).go()
     exponents = transform.summary.folded["model.layers.0.mlp.experts.gate_up_proj"]["exponent"]
     after = model.model.layers[0].mlp.experts.down_proj
     assert isinstance(after, DenseExperts) and len(exponents) == 4 and None in exponents
@@ -92,7 +93,7 @@ def test_awq_saves_a_model_with_outlier_channels(quant: Any, rounder: Any) -> No
     lost = {}
     for name, transform in (("awq", AWQ()), ("none", None)):
         twin = copy.deepcopy(model)
-        Driver(twin, inspect(twin), quant, rounder, batches, transform=transform).go()
+        Driver(twin, inspect(twin), Recipe(quant, rounder, transform=transform), batches).go()
         lost[name] = float((logits(twin, batches) - wanted).square().mean())
     assert lost["awq"] < 0.8 * lost["none"], lost
 
@@ -104,7 +105,7 @@ def test_clipped_ranges_err_less_than_whole_ones_and_never_more(family: str) -> 
     for clip in (True, False):
         twin = copy.deepcopy(model)
         transform = AWQ(AWQConfig(clip=clip, formula="paper"))
-        layers = Driver(twin, inspect(twin), Int3Config(group_size=32), RTN(), batches, transform=transform).go()
+        layers = Driver(twin, inspect(twin), Recipe(Int3Config(group_size=32), transform=transform), batches).go()
         assert all(layer.error < layer.error_rtn if clip else layer.error == layer.error_rtn for layer in layers)
         lost[clip] = sum(layer.error for layer in layers)
     assert lost[True] < 0.9 * lost[False], lost

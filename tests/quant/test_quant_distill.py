@@ -22,6 +22,7 @@ from finetune.quant.ggml import Q4_0Config
 from finetune.quant.nf4 import NF4Config
 from finetune.quant.packed import PackedWeight
 from finetune.quant.pruners.sparsegpt import SparseGPT, SparseGPTConfig
+from finetune.quant.recipe import Recipe
 from finetune.quant.replay import record, run
 from finetune.quant.rounders.gptq import GPTQ
 from finetune.quant.rounders.rtn import RTN
@@ -60,7 +61,7 @@ def batches(count: int = 3) -> list[dict[str, Any]]:
 
 def quantized(model: Any, quant: QuantConfig, config: DistillConfig | None, rounder: Any = None, **options: Any) -> Any:
     twin, distiller = copy.deepcopy(model), None if config is None else Distiller(config)
-    Driver(twin, inspect(twin), quant, rounder or RTN(), batches(), distiller=distiller, **options).go()
+    Driver(twin, inspect(twin), Recipe(quant, rounder or RTN(), distiller=distiller, **options), batches()).go()
     return twin, distiller
 
 
@@ -130,7 +131,7 @@ def test_a_block_that_did_not_come_nearer_stays_bit_for_bit(family: str) -> None
     distiller = Distiller(DistillConfig(steps=3, learning_rate=0.99))
     distiller.told = lambda what, step, of: told.append(what)
     twin = copy.deepcopy(model)
-    Driver(twin, inspect(twin), quant, RTN(), batches(), distiller=distiller).go()
+    Driver(twin, inspect(twin), Recipe(quant, distiller=distiller), batches()).go()
     assert all(each.after == each.before > 0 for each in distiller.done)
     ours, theirs = twin.state_dict(), plain.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)

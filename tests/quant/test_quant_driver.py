@@ -29,6 +29,7 @@ from finetune.quant.driver import Driver
 from finetune.quant.freeze import freeze
 from finetune.quant.gram import Gram
 from finetune.quant.nf4 import NF4Config
+from finetune.quant.recipe import Recipe
 from finetune.quant.replay import reading_alike, record, run
 from finetune.quant.resident import Resident
 from finetune.quant.rounders.gptq import GPTQ
@@ -145,7 +146,7 @@ def test_a_block_is_run_as_far_as_is_looked_at(monkeypatch: pytest.MonkeyPatch) 
         name = f"{inspect(model).blocks[0]}.mlp.act_fn"
         times: list[int] = []
         model.get_submodule(name).register_forward_hook(lambda *_, times=times: times.append(1))
-        Driver(model, inspect(model), Int4Config(group_size=32), GPTQ(), batches).go()
+        Driver(model, inspect(model), Recipe(Int4Config(group_size=32), GPTQ()), batches).go()
         used.append(len(times))
         states.append(model.state_dict())
     # In the model, once to see who reads what, for the one group of four that needs it; all four and the last run.
@@ -164,7 +165,7 @@ def test_a_finished_part_is_run_no_more(family: str, monkeypatch: pytest.MonkeyP
             monkeypatch.setattr(settled, "MOST_BYTES", -1)
         model = model_of(family)
         model.set_attn_implementation("sdpa")  # which puts out no weights of attention
-        Driver(model, inspect(model), Int4Config(group_size=32), GPTQ(), batches_of(3, 8)).go()
+        Driver(model, inspect(model), Recipe(Int4Config(group_size=32), GPTQ()), batches_of(3, 8)).go()
         states.append(model.state_dict())
         names.append([name for name, _ in model.named_modules()])
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[1]) and names[0] == names[1]
@@ -253,7 +254,7 @@ def test_gptq_loses_less_than_rtn(family: str, config: QuantConfig) -> None:
     lost = {}
     for name, rounder in (("rtn", RTN()), ("gptq", GPTQ())):
         model = model_of(family)
-        layers = Driver(model, inspect(model), config, rounder, batches).go()
+        layers = Driver(model, inspect(model), Recipe(config, rounder), batches).go()
         assert [layer.name for layer in layers] == [p.name for p in inspect(model).projections]
         assert all(isinstance(model.get_submodule(layer.name), FrozenWeight) for layer in layers)
         assert not any(isinstance(model.get_submodule(layer.name), DenseLinear) for layer in layers)
@@ -274,7 +275,7 @@ def test_later_layers_see_what_the_quantized_earlier_ones_put_out() -> None:
             return super().choose(grid, w_OI, gram_II)
 
     names = [p.name for p in inspect(model).projections]
-    Driver(model, inspect(model), Int2Config(group_size=32), Spy(), batches).go()
+    Driver(model, inspect(model), Recipe(Int2Config(group_size=32), Spy()), batches).go()
     finished: dict[str, torch.Tensor] = {}
     for name in names:
         model.get_submodule(name).register_forward_pre_hook(
@@ -292,7 +293,7 @@ def test_later_layers_see_what_the_quantized_earlier_ones_put_out() -> None:
 def test_experts_that_saw_no_tokens_are_reported() -> None:
     model = model_of("mixtral")
     one_token = [{"input_ids": torch.tensor([[5]]), "use_cache": False}]
-    layers = Driver(model, inspect(model), Int3Config(group_size=32), GPTQ(), one_token).go()
+    layers = Driver(model, inspect(model), Recipe(Int3Config(group_size=32), GPTQ()), one_token).go()
     stacked = [layer for layer in layers if "experts" in layer.name]
     assert stacked and all(layer.unseen == 2 and "2 of its experts: saw no inputs" in layer.note for layer in stacked)
     assert all(layer.unseen == 0 for layer in layers if "experts" not in layer.name)
@@ -301,7 +302,7 @@ def test_experts_that_saw_no_tokens_are_reported() -> None:
 def test_without_rows_it_rounds_to_nearest_as_freezing_does() -> None:
     model, frozen_model = model_of("gpt2"), model_of("gpt2")
     freeze(frozen_model, NF4Config(), inspect(frozen_model))
-    layers = Driver(model, inspect(model), NF4Config(), RTN()).go()
+    layers = Driver(model, inspect(model), Recipe(NF4Config())).go()
     ours, theirs = model.state_dict(), frozen_model.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert all(layer.samples == 0 and not layer.note for layer in layers)
@@ -312,7 +313,7 @@ def test_an_encoder_and_its_decoder() -> None:
     config = T5Config(vocab_size=96, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0)
     model = T5ForConditionalGeneration(config).eval()
     batches = [{"input_ids": torch.randint(1, 96, (4, 12)), "labels": torch.randint(1, 96, (4, 9)), "use_cache": False}]
-    layers = Driver(model, inspect(model), Int3Config(group_size=32), GPTQ(), batches).go()
+    layers = Driver(model, inspect(model), Recipe(Int3Config(group_size=32), GPTQ()), batches).go()
     assert all(layer.samples in (36, 48) for layer in layers)
     assert any("decoder" in layer.name for layer in layers) and any("encoder" in layer.name for layer in layers)
     assert sum(layer.error < 0.8 * layer.error_rtn for layer in layers) > len(layers) / 2

@@ -18,6 +18,7 @@ from finetune.quant.fp4 import FP4Config
 from finetune.quant.grid import Grid
 from finetune.quant.int8_storage import Int8Config
 from finetune.quant.nf4 import NF4Config
+from finetune.quant.recipe import Recipe
 from finetune.quant.rounders import obq
 from finetune.quant.rounders.base import CALIBRATORS, apply
 from finetune.quant.rounders.gptq import GPTQ, GPTQConfig
@@ -194,5 +195,5 @@ def test_a_wide_layer_is_refused_before_any_is_quantized() -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 80, "num_attention_heads": 2, "num_hidden_layers": 1}
     model: nn.Module = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
     with pytest.raises(ConfigError, match=r"layers\.0\.mlp\.down_proj has 80 .*about .* h.*use calibrator=gptq"):
-        Driver(model, inspect(model), Int4Config(), OBQ(OBQConfig(max_inputs=64)))
-    Driver(model, inspect(model), Int4Config(), OBQ())
+        Driver(model, inspect(model), Recipe(Int4Config(), OBQ(OBQConfig(max_inputs=64))))
+    Driver(model, inspect(model), Recipe(Int4Config(), OBQ()))

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from finetune.errors import ConfigError
 from finetune.quant.driver import Driver
-from finetune.quant.rounders.rtn import RTN
+from finetune.quant.recipe import Recipe
 from finetune.quant.token_clip import TOKENS, best_limit
 from finetune.quant.w8a8 import W4A8Config, W6A6Config, W8A8Config
 from finetune.structure import inspect
@@ -82,7 +82,7 @@ def test_the_driver_searches_one_range_for_all_readers(kind: Any) -> None:
     batches = [{"input_ids": part, "use_cache": False} for part in ids.split(4)]
     for clip in ("none", "token_wise"):
         twin = copy.deepcopy(model)
-        Driver(twin, inspect(twin), kind(**STATIC, clip=clip, **_groups(kind)), RTN(), batches).go()
+        Driver(twin, inspect(twin), Recipe(kind(**STATIC, clip=clip, **_groups(kind))), batches).go()
         found[clip] = twin
     before, after = (found[clip].model.layers[0].self_attn for clip in ("none", "token_wise"))
     assert float(after.q_proj.input_scale) < 0.8 * float(before.q_proj.input_scale)

@@ -14,7 +14,7 @@ from transform_models import FAMILIES, SIZES, Untouched, batches_of, logits, mod
 from finetune.errors import ConfigError
 from finetune.quant.affine import Int4Config
 from finetune.quant.driver import Driver
-from finetune.quant.rounders.rtn import RTN
+from finetune.quant.recipe import Recipe
 from finetune.quant.transforms.awq import AWQ, AWQConfig
 from finetune.quant.transforms.base import TRANSFORMS, Forward, Transform
 from finetune.quant.transforms.fold import fold
@@ -100,7 +100,7 @@ def test_a_norm_that_is_a_residual_too_stays_as_it_is() -> None:
         wanted = model(**batches[0]).logits
     before = copy.deepcopy(model)
     transform = Gamma()
-    Untouched(model, inspect(model), Int4Config(group_size=32), RTN(), batches, transform=transform).go()
+    Untouched(model, inspect(model), Recipe(Int4Config(group_size=32), transform=transform), batches).go()
     assert not transform.summary.folded and len(transform.summary.notes) == 2
     assert transform.summary.notes[0].endswith("something beside projections reads what it puts out")
     assert "layer.0.attention.output.LayerNorm" in transform.summary.notes[0]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from finetune.quant.affine import Int4Config
 from finetune.quant.driver import Driver
-from finetune.quant.rounders.rtn import RTN
+from finetune.quant.recipe import Recipe
 from finetune.quant.transforms.base import Transform
 from finetune.structure import inspect
 from finetune.structure.base import Projection
@@ -100,7 +100,7 @@ class Untouched(Driver):
 
 
 def transformed(model: Any, transform: Transform, quant: Any = None) -> Transform:
-    Untouched(model, inspect(model), quant or Int4Config(group_size=32), RTN(), batches_of(), transform=transform).go()
+    Untouched(model, inspect(model), Recipe(quant or Int4Config(group_size=32), transform=transform), batches_of()).go()
     return transform
 
 

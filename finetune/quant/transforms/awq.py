@@ -138,14 +138,14 @@ class _Trial:
     """
 
     def __init__(self, driver: Driver, scaling: Scaling, readers: list[Projection], seen: Statistics) -> None:
-        self.quant, self.scaling, self.seen = driver.quant, scaling, seen
+        self.quant, self.scaling, self.seen = driver.recipe.quant, scaling, seen
         self.by_expert = isinstance(driver.model.get_submodule(scaling.source), DenseExperts)
         self.readers: list[_Reader] = []
         for p in readers:
             dense: Any = driver.model.get_submodule(p.name)
             assert isinstance(dense, DenseLinear | DenseExperts)
             dtype = dense.weight.dtype
-            module = empty_frozen(driver.quant, p, dense, dtype=dtype, device=dense.weight.device)
+            module = empty_frozen(driver.recipe.quant, p, dense, dtype=dtype, device=dense.weight.device)
             assert isinstance(module, PackedWeight)
             driver.prepare(module)
             weight = module.codes_layout(dense.dequantize(torch.float32))
