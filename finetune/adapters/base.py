@@ -40,12 +40,14 @@ class AdapterConfig:
         train_also: full modules trained beside the adapter, by the last part of their name: [lm_head, embed_tokens].
         allow_other_quant: accept a saved adapter that was trained on the same weights quantized otherwise.
         learning_rate: the peak that suits the method on a base of hidden size 256, where `train.learning_rate` names
-            none; wider bases learn at 256 / hidden size of it (`by_width`). It belongs to the training and is not
-            saved.
+            none; wider bases learn at 256 / hidden size of it (`by_width`), some methods beside a head made for the
+            task at a share of it (`beside_head`). It belongs to the training and is not saved.
     """
 
     by_width: ClassVar[bool] = True
     """Whether the rate falls with the width of the base, as it must for weights of projections."""
+    beside_head: ClassVar[float] = 1.0
+    """Share of the rate beside a head made for the task."""
 
     name: str = "base"
     path: str | None = None

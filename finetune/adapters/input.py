@@ -53,6 +53,9 @@ class InputConfig(AdapterConfig):
     """
 
     by_width: ClassVar[bool] = False
+    beside_head: ClassVar[float] = 0.25
+    """A step on rows of one label each has little to say, and what it says of a head that knows nothing yet is noise:
+    at the rate for text, virtual tokens drown what the head reads before it has learnt to read it."""
 
     prefix_length: int = 20
 

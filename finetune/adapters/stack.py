@@ -24,6 +24,7 @@ from finetune.adapters.documents import write_document
 from finetune.adapters.meeting import check_parts, share_heads
 from finetune.adapters.mounting import check_bare
 from finetune.adapters.parts import labels, read_part, stray_keys
+from finetune.adapters.rates import own_rate, whole_scales
 from finetune.errors import ConfigError, ModelError
 from finetune.quant.base import QuantConfig
 from finetune.structure import inspect
@@ -173,17 +174,15 @@ class Stack(Adapter):
         return all(part.starts_as_base for part in self.members.values())
 
     def learning_rate_scales(self) -> dict[str, float]:
-        """Those of the parts, by the names in this stack: each learns at its own method's rate, and `learning_rate` of
-        the stack moves all of them."""
-        usual = type(self.config).learning_rate
+        """Those of the parts, by the names in this stack: each learns at the rate that suits its method there, and
+        `learning_rate` of the stack moves all of them."""
+        plain = own_rate(self) * type(self.config).learning_rate / self.config.learning_rate
         names = {id(parameter): name for name, parameter in self._trainable.items()}
         scales: dict[str, float] = {}
         for part in self.members.values():
-            tensors = part.trainable()
-            own = dict.fromkeys(tensors, 1.0) | part.learning_rate_scales()
-            scales |= {
-                names[id(tensors[name])]: scale * part.config.learning_rate / usual for name, scale in own.items()
-            }
+            tensors, rate = part.trainable(), own_rate(part)
+            own = dict.fromkeys(tensors, 1.0) | whole_scales(part) | part.learning_rate_scales()
+            scales |= {names[id(tensors[name])]: scale * rate / plain for name, scale in own.items()}
         return scales
 
     @contextmanager

@@ -165,7 +165,7 @@ def distill(
         max_length=rows.report.max_length,
         seed=seed,
     )
-    rate = peak(settings, adapter.config, emulator.model)
+    rate = peak(settings, adapter)
     # Shipped: it says nothing of where the owner's data lie.
     record: dict[str, Any] = {"steps": result.steps, "learning_rate": rate}
     record |= {"lm_weight": lm_weight, "kd_weight": kd_weight}

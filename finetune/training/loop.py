@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from finetune.adapters.base import Learner
+from finetune.adapters.rates import whole_scales
 from finetune.data.rows import TokenRows
 from finetune.errors import RunError
 from finetune.training import checkpoint, state
@@ -79,12 +80,13 @@ def train(
             the loss stays non-finite, or another process failed.
     """
     group = Group(accelerator)
-    config = replace(config, learning_rate=peak(config, adapter.config, model))
+    config = replace(config, learning_rate=peak(config, adapter))
     parameters = adapter.trainable()
     group.broadcast(parameters.values())
     batches, masked = batch_maker(model, rows, packing=packing, pad_id=pad_id, device=group.device)
     first = batches([[row] for row in range(min(len(rows), FIRST_ROWS))])
-    learning = grouped(parameters, adapter.learning_rate_scales() | head_scales(config, adapter, first))
+    scales = whole_scales(adapter) | adapter.learning_rate_scales() | head_scales(config, adapter, first)
+    learning = grouped(parameters, scales)
     optimizer, note = OPTIMIZERS.build(optim, learning, config, group.device)
     scaler = torch.amp.GradScaler(group.device.type, init_scale=LOSS_SCALE, enabled=config.dtype == "fp16")
     live = Live(parameters, optimizer, scaler, group)

@@ -23,13 +23,14 @@ RATES: dict[str, tuple[float, float, float]] = {
     "pfeiffer": (2e-3, 4e-3, 8e-3),
     "parallel": (1e-3, 2e-3, 4e-3),
     "peft_lora": (2e-3, 8e-3, 3.2e-2),
-    "prompt_tuning": (5e-2, 1e-1, 2e-1),
-    "p_tuning": (2.5e-4, 5e-4, 1e-3),
-    "prefix": (6.25e-5, 1.25e-4, 2.5e-4),
-    "p_tuning_v2": (2.5e-4, 5e-4, 1e-3),
-    "prelayer": (2.5e-2, 5e-2, 1e-1),
+    "prompt_tuning": (2e-1, 4e-1, 8e-1),
+    "p_tuning": (1e-3, 2e-3, 4e-3),
+    "prefix": (2.5e-4, 5e-4, 1e-3),
+    "p_tuning_v2": (1e-3, 2e-3, 4e-3),
+    "prelayer": (1e-1, 2e-1, 4e-1),
 }
-"""Three rates a method, two to four times apart, for a base of hidden size 256; without a line here, LoRA's."""
+"""Three rates a method, two to four times apart, for a base of hidden size 256 and for text: some methods take a share of
+theirs beside a head made for the task (`AdapterConfig.beside_head`). Without a line here, LoRA's."""
 LEFT_OUT = {
     "stack": "several methods at once",
     "layers": "whole blocks, for offsite-tuning",
