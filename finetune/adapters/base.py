@@ -119,6 +119,8 @@ class Learner(ABC):
 
     config: AdapterConfig
     model: nn.Module
+    copies: Mapping[str, Any] = {}
+    """Modules that train whole (`full_copy.FullCopy`), by their names in the model."""
     task_head: Sequence[str] = ()
     """Modules that train whole, made for the task: they start from nothing, and learn at a rate of their own."""
 
@@ -146,8 +148,6 @@ class Learner(ABC):
 class Adapter(Learner):
     """An attached adapter. Held beside the model, never inside it."""
 
-    copies: Mapping[str, Any] = {}
-    """Modules that train whole (`full_copy.FullCopy`), by their names in the model."""
     members: Mapping[str, Adapter] = {}
     """What an adapter is made of, by the names of their directories inside its own."""
 

@@ -49,7 +49,7 @@ class PTuningConfig(LargeStartConfig):
     """
 
     name: str = "p_tuning"
-    learning_rate: float = 0.001
+    learning_rate: float = 0.002
     prefix_length: int = 100
     ratio: float = 200.0
     encoder: str = "lstm"

@@ -18,7 +18,7 @@ class PTuningV2Config(KeyValueConfig):
     """P-tuning v2."""
 
     name: str = "p_tuning_v2"
-    learning_rate: float = 0.0005
+    learning_rate: float = 0.002
 
 
 ADAPTERS.register(PTuningV2Config)(attach_key_values)

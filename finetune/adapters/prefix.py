@@ -17,7 +17,7 @@ class PrefixConfig(KeyValueConfig):
     """Prefix tuning."""
 
     name: str = "prefix"
-    learning_rate: float = 0.000125
+    learning_rate: float = 0.0005
     reparametrise: bool = True
 
 

@@ -44,7 +44,7 @@ class PreLayerConfig(StartConfig):
     """
 
     name: str = "prelayer"
-    learning_rate: float = 0.05
+    learning_rate: float = 0.2
 
     def check_saved(self, directory: Path) -> None:
         """Refuse another method and broken settings."""

@@ -32,7 +32,7 @@ class PromptTuningConfig(LargeStartConfig):
 
     name: str = "prompt_tuning"
     prefix_length: int = 100
-    learning_rate: float = 0.1
+    learning_rate: float = 0.4
 
     def check_saved(self, directory: Path) -> None:
         """Refuse another method, settings that we do not compute, and another length than set here."""

@@ -38,5 +38,5 @@ def whole_scales(adapter: Learner) -> dict[str, float]:
     however fast biases, factors or virtual tokens learn. By names of what trains."""
     scale, trains = min(1.0, WHOLE * by_width(adapter.model) / own_rate(adapter)), adapter.trainable()
     modules = [*adapter.config.train_also, *adapter.task_head]
-    copies = [name for name in getattr(adapter, "copies", {}) if any(matches(pattern, name) for pattern in modules)]
+    copies = [name for name in adapter.copies if any(matches(pattern, name) for pattern in modules)]
     return {name: scale for name in trains if any(name.startswith(f"{copy}.trained.") for copy in copies)}

@@ -29,8 +29,8 @@ RATES: dict[str, tuple[float, float, float]] = {
     "p_tuning_v2": (1e-3, 2e-3, 4e-3),
     "prelayer": (1e-1, 2e-1, 4e-1),
 }
-"""Three rates a method, two to four times apart, for a base of hidden size 256 and for text: some methods take a share of
-theirs beside a head made for the task (`AdapterConfig.beside_head`). Without a line here, LoRA's."""
+"""Three rates a method, two to four times apart, for a base of hidden size 256 and for text: some methods take a share
+of theirs beside a head made for the task (`AdapterConfig.beside_head`). Without a line here, LoRA's."""
 LEFT_OUT = {
     "stack": "several methods at once",
     "layers": "whole blocks, for offsite-tuning",
