@@ -14,7 +14,7 @@ import adapters_running as running
 import pytest
 import torch
 from adapters_cover import cover, product
-from adapters_float64 import in_float64, meet, meetings, widen
+from adapters_float64 import in_float64, meet, meetings, sides, take_sides, widen
 from adapters_models import (
     BASES,
     CANNOT_PACK,
@@ -157,10 +157,11 @@ def gradients_are_those_of_float64(case: Case, _: Path) -> None:
     with torch.no_grad():  # a method may start as what it reads off the base, which rounds
         for name, parameter in other.trainable().items():
             parameter.copy_(adapter.trainable()[name])
-    with meetings(model) as met:
+    with meetings(model) as met, sides(model) as through:
         found = gradients(model, adapter)
     assert (case.quant in ("int8", "w8a8")) == bool(met)
     meet(twin, met)
+    take_sides(twin, through)
     wanted = gradients(twin, other)
     assert found.keys() == wanted.keys()
     total = sum(g.norm() ** 2 for g in wanted.values()).sqrt()

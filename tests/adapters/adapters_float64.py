@@ -1,7 +1,8 @@
 """The oracle of gradients: the same model and adapter in float64, over the weights that the base decodes to.
 
 A base that rounds activations (LLM.int8(), w8a8) is given the codes and outliers that the float32 model met, so that no
-value falls on the other side of a rounding boundary; the gradient passes straight through.
+value falls on the other side of a rounding boundary; the gradient passes straight through. So does each ReLU take the
+side that it took there: where an input is nothing but rounding, both derivatives are right.
 
 Shape suffixes: B leading dimensions, N rows (B flattened), O out features, I in features.
 """
@@ -46,6 +47,17 @@ def _product(x: Tensor, bias: Tensor | None, tensors: list[Tensor], settings: li
     weight_OI, met_BI = tensors
     # DoRA multiplies its factors by the base as well, which are no activations.
     return nn.functional.linear(met_BI if met_BI.shape == x.shape else x, weight_OI, bias)
+
+
+class SameSide(nn.Module):
+    """A ReLU that lets through what another one did."""
+
+    def __init__(self, through: Tensor) -> None:
+        super().__init__()
+        self.through = through
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.through
 
 
 register_format("met", _product, lambda grad, tensors, settings, features: grad @ tensors[0])
@@ -102,6 +114,23 @@ def meetings(model: nn.Module) -> Iterator[dict[str, Tensor]]:
             handle.remove()
 
 
+@contextmanager
+def sides(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Within it what every ReLU lets through is kept, by its name."""
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str, output: Tensor) -> None:
+        found[name] = output.detach() > 0
+
+    relus = [(name, module) for name, module in model.named_modules() if type(module) is nn.ReLU]
+    handles = [m.register_forward_hook(lambda _module, _args, y, name=name: keep(name, y)) for name, m in relus]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def in_float64(model: nn.Module) -> nn.Module:
     """The decoded model, dense and in float64."""
     twin = copy.deepcopy(model)
@@ -139,3 +168,9 @@ def meet(twin: nn.Module, met: dict[str, Tensor]) -> None:
         getattr(module, "base", module).met = x_BI
         if hasattr(module, "packed"):  # what trains a whole weight adds the change to the product of codes
             module.packed = True
+
+
+def take_sides(twin: nn.Module, found: dict[str, Tensor]) -> None:
+    """Have each ReLU of the float64 model let through what that of the float32 one did."""
+    for name, through in found.items():
+        twin.set_submodule(name, SameSide(through))

@@ -43,21 +43,28 @@ def widened(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 @torch.no_grad()
+def sent_alike(first: nn.Module, second: nn.Module, fed: dict[str, Any]) -> Any:
+    """Positions [B, S] whose tokens both models of experts send to the same experts; for others, everything."""
+    if not any(getattr(first.config, name, 0) for name in ("num_local_experts", "num_experts")):
+        return ...
+    chosen = []
+    for model in (first, second):
+        said = model(**fed, output_router_logits=True).router_logits
+        best = [layer.topk(model.config.num_experts_per_tok).indices.sort().values for layer in said]
+        chosen.append(torch.stack(best, dim=1).view(*fed["input_ids"].shape, -1))
+    return (chosen[0] == chosen[1]).all(-1)
+
+
 def routed_alike(first: nn.Module, second: nn.Module) -> Any:
-    """Positions [B, S] up to which both models of experts send every token to the same experts; for others, everything.
+    """Positions [B, S] up to which both models send every token to the same experts.
 
     Rounding weights to 16 bits moves routers by as much, and where two experts were as good as equal another one is
     chosen: that is no error of merging, and everything that reads such a token differs by as much as experts do.
     """
-    if not getattr(first.config, "num_local_experts", 0):
+    alike = sent_alike(first, second, inputs(first))
+    if alike is ...:
         return ...
-    chosen = []
-    for model in (first, second):
-        said = model(**inputs(model), output_router_logits=True).router_logits
-        size = inputs(model)["input_ids"].shape
-        best = [layer.topk(model.config.num_experts_per_tok).indices.sort().values for layer in said]
-        chosen.append(torch.stack(best, dim=1).view(*size, -1))
-    same = (chosen[0] == chosen[1]).all(-1).cumprod(1).bool()
+    same = alike.cumprod(1).bool()
     assert same.float().mean() >= 0.4, "most tokens are sent elsewhere: that is more than rounding"
     return same
 
