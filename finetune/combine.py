@@ -25,7 +25,7 @@ from finetune.adapters import peft_format
 from finetune.adapters.combination import MODES, Loss, Product, check_combination, combine
 from finetune.adapters.peft_lora import Saved, read_saved
 from finetune.adapters.provenance import read_provenance, write_provenance
-from finetune.errors import ConfigError, ModelError, nearest
+from finetune.errors import ConfigError, ModelError, nearest_or_all
 from finetune.export import servers
 from finetune.export.directory import published
 
@@ -154,7 +154,7 @@ def configured(given: Mapping[str, Any]) -> CombineConfig:
         ConfigError: for every unknown key at once, with the nearest right one, or the first wrong value.
     """
     known = [f.name for f in fields(CombineConfig)]
-    strays = [f"unknown key {key!r}{nearest(key, known)}" for key in given if key not in known]
+    strays = [f"unknown key {key!r}{nearest_or_all(key, known)}" for key in given if key not in known]
     if strays:
         raise ConfigError("; ".join(strays))
     return CombineConfig(**given)

@@ -20,7 +20,7 @@ from finetune.atomic import write_text
 from finetune.data.config import DataConfig
 from finetune.data.labels import for_labels, refuse_labels
 from finetune.data.pairs import check_pairs
-from finetune.errors import ConfigError, nearest
+from finetune.errors import ConfigError, nearest_or_all
 from finetune.export.config import ExportConfig
 from finetune.model.config import ModelConfig
 from finetune.model.task import judges_rows
@@ -150,7 +150,7 @@ def stray_keys(config: DictConfig) -> list[str]:
         for key in map(str, node):
             full = f"{path}.{key}" if path else key
             if typed and key not in known:
-                found.append(f"unknown key {full!r}{nearest(key, known)}")
+                found.append(f"unknown key {full!r}{nearest_or_all(key, known)}")
             elif not OmegaConf.is_missing(node, key):
                 walk(node._get_node(key), full)
 

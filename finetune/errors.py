@@ -42,3 +42,9 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     """Return `"; did you mean 'x'?"` for the choice nearest to `word`, or an empty string when none is near."""
     match = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
     return f"; did you mean {match[0]!r}?" if match else ""
+
+
+def nearest_or_all(word: str, choices: Iterable[str]) -> str:
+    """As `nearest`; where none is near, `"; have x, y"` with all of them: others call the same thing by other names."""
+    known = sorted(choices)
+    return nearest(word, known) or f"; have {', '.join(known)}"

@@ -59,6 +59,10 @@ def test_yaml_names_no_code() -> None:
     ("overrides", "words"),
     [
         (["adapter.rnak=4"], ["unknown key 'adapter.rnak'", "did you mean 'rank'?"]),
+        (
+            ["adapter=prefix", "adapter.virtual_tokens=4"],
+            ["unknown key 'adapter.virtual_tokens'; have ", "prefix_length"],
+        ),
         (["+adapter.rnak=4"], ["unknown key 'adapter.rnak'", "did you mean 'rank'?"]),
         (["+quant.blok_size=4"], ["unknown key 'quant.blok_size'", "did you mean 'block_size'?"]),
         (["adaptr=lora"], ["unknown key 'adaptr'", "did you mean 'adapter'?"]),

@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 from finetune.adapters.base import ADAPTERS, AdapterConfig
-from finetune.errors import ConfigError, UserError, nearest
+from finetune.errors import ConfigError, UserError, nearest_or_all
 
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", type(None): "null"}
 
@@ -47,7 +47,7 @@ def stray_keys(part: Any, where: str) -> list[str]:
     if not isinstance(part, Mapping):
         return []
     known = [field.name for field in fields(_kind(part, where))]
-    return [f"unknown key '{where}.{key}'{nearest(str(key), known)}" for key in part if key not in known]
+    return [f"unknown key '{where}.{key}'{nearest_or_all(str(key), known)}" for key in part if key not in known]
 
 
 def _kind(part: Any, where: str) -> type[AdapterConfig]:
