@@ -59,6 +59,14 @@ def test_every_key_is_one(page: Path) -> None:
             assert key in known.get(group, {key}) | OWN.get(page.stem, set()), f"{page.name}: {group}.{key}"
 
 
+def test_the_pages_show_code() -> None:
+    """Or the tests around would hold of nothing."""
+    shown = "\n".join(text for page in PAGES for text in code(page))
+    keys = {match for match in re.findall(r"\b(\w+)\.\w+=", shown) if match in SETTINGS}
+    assert keys >= {"adapter", "calibrator", "data", "export", "model", "pruner", "quant", "train"}
+    assert "ft.LoRAConfig(" in shown and len(re.findall(r"python scripts/\w+\.py", shown)) > 10
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_config_can_be_made(page: Path) -> None:
     for text in code(page):

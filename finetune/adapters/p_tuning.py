@@ -21,14 +21,13 @@ from torch import Tensor, nn
 from finetune.adapters.base import ADAPTERS
 from finetune.adapters.input import PromptEncoder, size
 from finetune.adapters.prompt_start import LargeStartConfig
+from finetune.adapters.rates import WIDTH
 from finetune.adapters.saved_prompt import SavedPromptAdapter, agreed
 from finetune.errors import ConfigError, nearest
 
 METHOD = "P_TUNING"
 """PEFT's name."""
 ENCODERS = ("lstm", "mlp")
-WIDTH = 256
-"""Features within a network that the learning rate is for."""
 
 
 @dataclass

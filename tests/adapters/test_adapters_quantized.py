@@ -102,11 +102,12 @@ def test_a_family_is_quantized_and_read_back(family: str, quant: str, folder: Pa
     held = candidates(dense.config)[0]
     ours = load(ModelConfig(str(tmp_path / "out"), fused="off"), KeepConfig(), torch.float32, "cpu", held).model
     assert sum(isinstance(module, PackedWeight) for module in ours.modules()) == len(layers)
-    here: Any = ...
+    here, error = ..., logits(ours) - wanted
     if quant == "w8a8":  # 8 bits move a router too, and a token that another expert reads differs by more than rounding
         here = sent_alike(dense, ours, fed(dense))
         assert here is ... or here.float().mean() >= 0.8
-    assert (logits(ours) - wanted)[here].norm() < WITHIN[quant] * wanted[here].norm()
+        assert error.norm() < 2 * WITHIN[quant] * wanted.norm()
+    assert error[here].norm() < WITHIN[quant] * wanted[here].norm()
     method = told["quantization_config"]["quant_method"]
     if method in PACKAGES and importlib.util.find_spec(PACKAGES[method]):
         stock = type(dense).from_pretrained(tmp_path / "out", dtype=torch.float32, device_map={"": "cpu"}).eval()
